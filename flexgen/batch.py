@@ -22,17 +22,18 @@ from typing import Any
 from flexgen.cli.answers import Answers
 from flexgen.cli.flags import add_model_flags, add_policy_flags, count, print_stderr, read_policy, run
 from flexgen.cli.help import HelpFormatter
-from flexgen.cli.prompts import MESSAGES, PROMPT, PromptLine, at_line, read_prompts
+from flexgen.cli.prompts import MAX_TOKENS, OPTIONS, PromptLine, at_line, encoded, read_prompts
 from flexgen.cli.sampling import add_sampling_flags, check_sampling_flags
 from flexgen.engine.model import OptLM
-from flexgen.engine.text import encode, encode_chat, load_tokenizer
+from flexgen.engine.row_options import RowOptions, check_options
+from flexgen.engine.text import load_tokenizer
 from flexgen.errors import FlexGenError, RequestError, shown
 from flexgen.models import ModelSpec, open_model
 from flexgen.policy import Auto, Policy
-from flexgen.runtime.request import check_room
+from flexgen.runtime.request import check_room, check_whole
 from flexgen.runtime.sampler import check_seed
 from flexgen.schedule.orders import ORDERS, unknown_order
-from flexgen.units import format_seconds
+from flexgen.units import LARGEST_COUNT, format_seconds
 from flexgen.workload import Workload
 
 _SEED_BITS = 64
@@ -65,10 +66,15 @@ def batch(args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """The fields and the ids of each prompt, and everything that the answers depend on, by name."""
+    """The fields of each prompt, its ids, its options and the maximum number of its new tokens.
+
+    about: everything that the answers depend on, by name.
+    """
 
     fields: Sequence[dict[str, Any]]
     ids: Sequence[Sequence[int]]
+    options: Sequence[RowOptions]
+    counts: Sequence[int]
     about: dict[str, Any]
 
 
@@ -80,11 +86,14 @@ def read_job(args: argparse.Namespace) -> Job:
     lines = read_prompts(args.prompts)
     spec, checkpoint = open_model(args.model)
     tokenizer = load_tokenizer(checkpoint.directory, spec.name)
-    ids = []
+    ids, options, counts = [], list[RowOptions](), list[int]()
     for line in lines:
         try:
-            ids.append(_ids(tokenizer, line, args.special_tokens))
-            _check(spec, ids[-1], args.max_tokens)
+            ids.append(encoded(tokenizer, line, args.special_tokens))
+            own, most = _options(line, args.max_tokens)
+            options.append(own)
+            counts.append(most)
+            _check(spec, ids[-1], most)
         except FlexGenError as error:  # from the encoding or the chat template
             raise at_line(args.prompts, line.number, error) from None
     fields = [line.fields for line in lines]
@@ -102,13 +111,17 @@ def read_job(args: argparse.Namespace) -> Job:
         "--seed": args.seed,
         "--stop": args.stop,
     }
-    return Job(fields, ids, about)
+    return Job(fields, ids, options, counts, about)
 
 
-def _ids(tokenizer: Any, line: PromptLine, special_tokens: bool) -> list[int]:
-    if MESSAGES in line.fields:
-        return encode_chat(tokenizer, line.fields[MESSAGES])
-    return encode(tokenizer, line.fields[PROMPT], special_tokens)
+def _options(line: PromptLine, most: int) -> tuple[RowOptions, int]:
+    """The options of a prompt, and the maximum number of its new tokens; `most` if it has none."""
+    given = line.fields.get(OPTIONS, {})
+    own = {name: given[name] for name in given if name != MAX_TOKENS} if isinstance(given, dict) else given
+    check_options(own)
+    most = given.get(MAX_TOKENS, most)
+    check_whole(MAX_TOKENS, most, 1, LARGEST_COUNT)
+    return own, most
 
 
 def _check(spec: ModelSpec, ids: Sequence[int], max_tokens: int) -> None:
@@ -159,10 +172,11 @@ def _answer(args: argparse.Namespace, job: Job, answers: Answers, policy: Policy
     with OptLM(
         args.model,
         policy,
-        workload=Workload(max(map(len, job.ids)), args.max_tokens, len(job.ids)),
+        workload=Workload(max(map(len, job.ids)), max(job.counts), len(job.ids)),
         device=args.device,
         dtype=args.dtype,
         offload_dir=args.offload_dir,
+        fast_start=args.fast_start,
         order=order,
     ) as model:
         if model.auto is not None:
@@ -191,8 +205,9 @@ def _answer_some(args: argparse.Namespace, job: Job, answers: Answers, model: Op
     rows = range(answers.count, min(answers.count + max(_PROMPTS_OF_A_CALL, save_every), answers.total))
     texts = model.stream_texts(
         [job.ids[row] for row in rows],
-        args.max_tokens,
+        [job.counts[row] for row in rows],
         stop=args.stop,
+        options=[job.options[row] for row in rows],
         sort_within=save_every,
         do_sample=args.temperature > 0,
         temperature=args.temperature,

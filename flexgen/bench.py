@@ -71,6 +71,7 @@ def bench(args: argparse.Namespace) -> Report:
         device=args.device,
         dtype=args.dtype,
         offload_dir=args.offload_dir,
+        fast_start=args.fast_start,
         weights=args.weights,
         order=args.order,
     ) as model:

@@ -56,6 +56,7 @@ def complete(args: argparse.Namespace) -> None:
             device=args.device,
             dtype=args.dtype,
             offload_dir=args.offload_dir,
+            fast_start=args.fast_start,
             order=args.order,
         ) as model,
     ):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import signal
 import stat
@@ -10,11 +11,13 @@ import sys
 
 import pytest
 from hypothesis import settings
+from piece_sizes import piece_sizes
 
 from flexgen import batch
 from flexgen.cli.answers import Answers
 from flexgen.demo import MODEL_DIR
 from flexgen.engine.model import OptLM
+from flexgen.runtime.prompts import Prompts
 
 BLOCK = ["--gpu-batch-size", "2", "--num-gpu-batches", "1", "--percent", "100", "0", "100", "0", "100", "0"]
 FLAGS = ["--device", "cpu", "--dtype", "float32", "--max-tokens", "6", "--seed", "7", "--save-every", "1"]
@@ -81,6 +84,66 @@ def test_every_line_has_its_completion_in_order(job, capsys):
         assert [line["completion"] for line in found] == model.generate_text(PROMPTS, 6)
 
 
+OPTIONS = [
+    {"max_tokens": 9, "temperature": 0},
+    {},
+    {"temperature": 0.5, "top_k": 5, "seed": 3},
+    {"max_tokens": 1},
+    {"temperature": 2, "top_p": 0.9},
+    {"stop": "1", "max_tokens": 20},
+    {"stop": ["2", "t"], "temperature": 0},
+]
+
+
+def test_a_prompt_may_have_its_own_options(job, tmp_path, ends_in_save):
+    """Each answer is that of a call with these options for all prompts, also after an interruption."""
+    lines = [{"prompt": text, "options": own} for text, own in zip(PROMPTS, OPTIONS, strict=True)]
+    job[0].write_text("".join(json.dumps(line) + "\n" for line in lines))
+    expected = []
+    with OptLM("demo", batch.Policy(), device="cpu", dtype="float32", progress=False) as model:
+        for row, own in enumerate(OPTIONS):
+            sampling = {"temperature": 1.0, "seed": 7} | own
+            length, stop = sampling.pop("max_tokens", 6), sampling.pop("stop", "7")
+            drawn = sampling["temperature"] > 0
+            expected += model.generate_text(
+                [PROMPTS[row]], length, stop=stop, do_sample=drawn, first_row=row, **sampling
+            )
+    ends_in_save(3)
+    with pytest.raises(Ended):
+        start(job, "--stop", "7")
+    ends_in_save(100)
+    assert start(job, "--stop", "7") == 0
+    found = [json.loads(line) for line in job[1].read_text().splitlines()]
+    assert [line["options"] for line in found] == OPTIONS
+    assert [line["completion"] for line in found] == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ('{"temprature": 1}', "option 'temprature' is not known; .*did you mean 'temperature'"),
+        ("[1]", r"options are \[1\]; they must be an object"),
+        ('{"max_tokens": 0}', "max_tokens is 0; it must be a whole number >= 1"),
+        ('{"max_tokens": 600}', "600 more are requested: .* exceed the 512 positions"),
+        ('{"temperature": -1}', "temperature is -1"),
+        ('{"temperature": true}', "temperature is True; it must be a number"),
+        ('{"top_p": 0}', "top_p is 0"),
+        ('{"top_k": 1.5}', "top_k is 1.5"),
+        ('{"seed": -1}', "seed is -1"),
+        ('{"stop": ""}', "stop contains ''"),
+        ('{"stop": 3}', "stop is 3"),
+    ],
+)
+def test_options_that_are_wrong_are_refused_with_their_line(options, said, tmp_path, capsys):
+    prompts, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text(f'{{"prompt": "a"}}\n{{"prompt": "b", "options": {options}}}\n')
+    assert start((prompts, answers)) == 1
+    message = capsys.readouterr().err
+    assert "prompts.jsonl, line 2: " in message
+    assert re.search(said, message)
+    assert not answers.exists()
+
+
 def test_lines_of_a_text_file_are_prompts(tmp_path):
     prompts, answers = tmp_path / "prompts.txt", tmp_path / "answers.jsonl"
     prompts.write_bytes(b"Date: 26 Apr 2019\r\nLength:\x0b 4 km\n")
@@ -129,6 +192,27 @@ def test_samples_are_the_same_however_the_job_runs(way, job, tmp_path, ends_in_s
     ends_in_save(100)
     assert start(mixed, *flags, block=block) == 0
     assert mixed[1].read_bytes() == whole.read_bytes()
+
+
+def test_rows_that_wait_for_cache_keep_their_answers(tmp_path, ends_in_save, monkeypatch):
+    job = tmp_path / "prompts.txt", tmp_path / "answers.jsonl"
+    job[0].write_text("".join(f"Length: {n} km\n" for n in range(20, 30)))
+    waited, put_back = [], Prompts.put_back
+
+    def counted(self, rows, *args):
+        waited.extend(rows)
+        put_back(self, rows, *args)
+
+    monkeypatch.setattr(Prompts, "put_back", counted)
+    whole, block = tmp_path / "whole.jsonl", ["--gpu-batch-size", "1", "--num-gpu-batches", "8", *BLOCK[4:]]
+    with piece_sizes(memory_page_tokens=2):
+        assert start((job[0], whole), block=block) == 0 and not waited
+        ends_in_save(2)
+        with pytest.raises(Ended):
+            start(job, "--reserve-new", 1, block=block)
+        ends_in_save(100)
+        assert start(job, "--reserve-new", 1, block=block) == 0 and waited
+    assert job[1].read_bytes() == whole.read_bytes()
 
 
 def test_equal_prompts_draw_each_for_itself(tmp_path):

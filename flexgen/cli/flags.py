@@ -127,6 +127,11 @@ def add_model_flags(parser: argparse.ArgumentParser, dummy: bool = False) -> Non
     add("--device", default="auto", help=DEVICES)
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     add("--offload-dir", metavar="DIR", help="directory of the disk tier (default: a temporary directory)")
+    add(
+        "--fast-start",
+        action="store_true",
+        help="map weights in memory from files, and store converted ones in --offload-dir for later starts",
+    )
 
 
 def print_stderr(text: str) -> None:
@@ -170,6 +175,12 @@ def add_policy_flags(parser: argparse.ArgumentParser) -> None:
         help="maximum number of tokens per prompt in one pass of the prefill",
     )
     add(
+        "--prefill-rows",
+        type=int,
+        metavar="N",
+        help="maximum number of prompts that a pass computes while other rows decode (default: 0, no limit)",
+    )
+    add(
         "--attn-sparsity",
         type=float,
         metavar="SHARE",
@@ -180,6 +191,12 @@ def add_policy_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="TOKENS",
         help="maximum number of guesses of next tokens that a pass of the decode also computes (default: 0)",
+    )
+    add(
+        "--reserve-new",
+        type=int,
+        metavar="TOKENS",
+        help="new tokens for which each row's cache is reserved, on average; 0 reserves all (default: 0)",
     )
     for name, help in (
         ("--overlap", "overlap transfers with the computation"),
@@ -215,7 +232,8 @@ def fixed_fields(args: argparse.Namespace) -> dict[str, Any]:
         given = Policy.from_percent(*args.percent)
         changes = {name: getattr(given, name) for name in ("weights", "cache", "activations")}
     shape = "gpu_batch_size", "num_gpu_batches", "prefill_chunk"
-    for name in (*shape, "guess", "overlap", "sep_layer", "pin_weight", "share_prefix"):
+    fields = "prefill_rows", "guess", "reserve_new", "overlap", "sep_layer", "pin_weight", "share_prefix"
+    for name in (*shape, *fields):
         if (value := getattr(args, name)) is not None:
             changes[name] = value
     if args.cpu_cache_compute is not None:

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flexgen.engine.text import encode, encode_chat
 from flexgen.errors import RequestError
 
 PROMPT, MESSAGES, COMPLETION = "prompt", "messages", "completion"
 """Fields of a prompt: the text to continue, or a chat to continue instead, and the field for the answer."""
+OPTIONS, MAX_TOKENS = "options", "max_tokens"
+"""The field with values for this prompt alone, and the one among them that limits its new tokens."""
 MAX_NESTING = 100
 """The deepest nesting of arrays and objects in one line. Python's own limit depends on the caller's stack."""
 
@@ -68,6 +71,13 @@ def read_prompts(path: str) -> list[PromptLine]:
     if not found:
         raise RequestError(f"{path} is empty; give a file with at least one prompt")
     return [PromptLine(number, _checked(path, number, value)) for number, value in found]
+
+
+def encoded(tokenizer: Any, line: PromptLine, special_tokens: bool = True) -> list[int]:
+    """The ids of a prompt, without special tokens of the tokenizer if not `special_tokens`; a chat has its own."""
+    if MESSAGES in line.fields:
+        return encode_chat(tokenizer, line.fields[MESSAGES])
+    return encode(tokenizer, line.fields[PROMPT], special_tokens)
 
 
 def at_line(path: str, number: int, message: object) -> RequestError:

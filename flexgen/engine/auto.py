@@ -147,8 +147,7 @@ class AutoPolicy:
         asked, held = self.job.order, self._slots(self.opened)
         for order in (asked,) if asked else (None, overlap_multi_batch.name, normal.name):
             try:
-                known = replace(workload, copied=self.job.workload.copied)  # a call does not know it
-                job = replace(self.job, order=order).for_workload(known)
+                job = replace(self.job, order=order).for_workload(self._completed(workload))
                 search = find_for_job(job, Auto(fixed, self._auto.lossy), slots=held)
             except FlexGenError as error:
                 _log.info("this call keeps the policy of the opening: %s", error)
@@ -158,6 +157,13 @@ class AutoPolicy:
                 _log.info("%s", in_words(search))
                 return chosen
         return None
+
+    def _completed(self, workload: Workload) -> Workload:
+        """The workload of a call, with what only the job says about its answers."""
+        mean, most = self.job.workload.mean_new, workload.gen_len
+        if workload.mean_new is None and mean is not None:
+            workload = replace(workload, mean_new=min(mean, most))
+        return replace(workload, copied=self.job.workload.copied)
 
     def _slots(self, chosen: Chosen) -> Slots:
         """The slots of a full block."""

@@ -170,7 +170,8 @@ class CallPlans:
             chosen = self.auto.for_call(workload, lambda policy: not plan(policy).shortage(limits))
         # Chunks are shorter than the text, so that the buffers are made for chunks that follow cached tokens.
         most = max(min(self.layers[0].spec.chunk_tokens, workload.prompt_len - 1), 1)
-        cut = chosen.policy.replace(prefill_chunk=min(chosen.policy.prefill_chunk or most, most))
+        chunk = min(chosen.policy.prefill_chunk or most, most)
+        cut = chosen.policy.replace(prefill_chunk=chunk, reserve_new=0)
         policy = with_fitting_chunk(plan, cut, limits, workload.prompt_len)
         return replace(chosen, policy=policy), fitting_plan(plan, policy, limits)
 
@@ -229,6 +230,8 @@ class CallPlans:
 
 
 def _one_block(policy: Policy, rows: int, halved: int = 0) -> Policy:
-    """The policy with enough batches for `rows` prompts, and a batch size that is halved `halved` times."""
+    """The policy with enough batches for `rows` prompts, which reserves all of their cache, and a batch size that is
+    halved `halved` times."""
     size = max(policy.gpu_batch_size >> halved, 1)
-    return policy.replace(gpu_batch_size=size, num_gpu_batches=-(-rows // size))
+    shape = {"gpu_batch_size": size, "num_gpu_batches": -(-rows // size)}
+    return policy.replace(**shape, prefill_rows=0, reserve_new=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -35,8 +35,11 @@ class Completion:
     propose: Propose = copied
 
     def workload(self, spec: ModelSpec) -> Workload:
-        """The workload of the call."""
-        return workload_of(spec, self.request, self.most)
+        """The workload of the call. If numbers of new tokens differ, it has their mean."""
+        workload, counts = workload_of(spec, self.request, self.most), self.max_new_tokens
+        if isinstance(counts, int) or min(counts) == max(counts):
+            return workload
+        return replace(workload, mean_new=sum(counts) / len(counts))
 
     @property
     def most(self) -> int:
@@ -64,13 +67,23 @@ class Completion:
             return 0
         return policy.guess if self.choice.by_logits else 0
 
+    def enters_by_place(self, policy: Policy) -> bool:
+        """Whether prompts enter in the places of single rows, at the rate of the policy.
+
+        A choice that depends on the ids so far does not allow it: it would be called for places without a row.
+        """
+        return policy.prefill_rows > 0 and self.choice.by_logits and not self.choice.whole_call
+
     def ends_rows_apart(self, policy: Policy) -> bool:
-        """Whether rows may end in different passes, so that prompts enter in batches whose rows have ended."""
-        return self.choice.can_end or self.guess(policy) > 0
+        """Whether rows may end in different passes, so that prompts enter in places of rows that have ended."""
+        if self.choice.can_end or self.guess(policy) > 0:
+            return True
+        return self.enters_by_place(policy) or policy.reserves(self.most)
 
     def guesses(self, rows: Sequence[int], policy: Policy) -> Guesses | None:
-        """The guesses for a block of the prompts with these numbers, or None if it makes none."""
-        if not (guess := self.guess(policy)):
+        """The guesses for a block of the prompts with these numbers, or None if it makes none and all rows of a batch
+        have the same number of cached tokens."""
+        if not (guess := self.guess(policy)) and not self.enters_by_place(policy):
             return None
         return Guesses([self.request.prompts[row] for row in rows], self.run, guess, self.propose)
 

@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from flexgen.engine import scoring
 from flexgen.engine.calls import CallPlans
 from flexgen.engine.completion import Completion
+from flexgen.engine.decoded import DecodedTexts, EndedRows
+from flexgen.engine.row_options import RowOptions, check_all, choice_of, stops_of
 from flexgen.engine.text import Decoder, Messages, encode, encode_chat, is_chat, load_tokenizer, stop_strings
 from flexgen.errors import RequestError, shown
 from flexgen.models import ModelSpec
 from flexgen.results.report import Report
-from flexgen.runtime.choice import Choice, Limited, NewIds, Rows, limited
+from flexgen.runtime.choice import Choice, Limited, limited
 from flexgen.runtime.request import (
     IdRows,
     NewTokenCounts,
@@ -99,7 +100,7 @@ class Conveniences(ABC):
         choice = limited(self.sampled(**sampling), counts)
 
         def run(writer: StreamWriter[tuple[int, np.ndarray]]) -> None:
-            listeners = [_EndedRows(writer.put)]
+            listeners = [EndedRows(writer.put)]
             self.generate_with(Completion(request, counts, choice), listeners=listeners, check=writer.check)
 
         return self._streaming(run)
@@ -131,7 +132,7 @@ class Conveniences(ABC):
                 if piece:
                     writer.put(piece)
 
-            texts = _Texts(choice, tokenizer, request.prompts, stops, emit)
+            texts = DecodedTexts(choice, tokenizer, request.prompts, [stops], emit)
             self.generate_with(Completion(request, max_new_tokens, texts), check=writer.check)
             texts.finish()
 
@@ -187,7 +188,8 @@ class Conveniences(ABC):
         request = self._read(prompts, special_tokens)
         counts = new_token_counts(self.spec, request, max_new_tokens)
         texts = [""] * len(request.prompts)
-        self._complete(request, counts, stop_strings(stop), self.sampled(**sampling), texts.__setitem__)
+        stops = [stop_strings(stop)] * len(request.prompts)
+        self._complete(request, counts, stops, self.sampled(**sampling), texts.__setitem__)
         return (texts, self.last_report(request, max(counts), max(counts))) if stats else texts
 
     def stream_texts(
@@ -198,6 +200,7 @@ class Conveniences(ABC):
         stop: str | Iterable[str] = (),
         special_tokens: bool = True,
         sort_within: int | None = None,
+        options: Sequence[RowOptions] | None = None,
         **sampling: Any,
     ) -> Stream[tuple[int, str]]:
         """Return an iterator over (number of the prompt, its completion), in the order in which rows end.
@@ -207,6 +210,7 @@ class Conveniences(ABC):
         prompts, max_new_tokens, stop, special_tokens, sampling: as in `generate_text`.
         sort_within: prompts are sorted by length, which saves padding, but only within groups of this number, so that
             early prompts are answered early. None sorts all.
+        options: for each prompt, values that replace those of `stop` and `sampling`, see `RowOptions`.
 
         The stream runs, ends and raises as that of `stream` does.
         """
@@ -215,7 +219,9 @@ class Conveniences(ABC):
             check_whole("sort_within", sort_within, 1)
             request = replace(request, sorted_in=sort_within)
         counts = new_token_counts(self.spec, request, max_new_tokens)
-        stops, choice = stop_strings(stop), self.sampled(**sampling)
+        options = [{}] * len(request.prompts) if options is None else options
+        check_all(options, len(request.prompts))
+        stops, choice = stops_of(options, stop), choice_of(options, self.sampled, sampling)
 
         def run(writer: StreamWriter[tuple[int, str]]) -> None:
             def ended(row: int, text: str) -> None:
@@ -229,20 +235,20 @@ class Conveniences(ABC):
         self,
         request: Request,
         counts: Sequence[int],
-        stops: Sequence[str],
+        stops: Sequence[Sequence[str]],
         choice: Choice,
         ended: Callable[[int, str], object],
         **options: Any,
     ) -> None:
         """Generate up to `counts` tokens for each prompt, and call `ended` with each row that ends and its text."""
         tokenizer = self.tokenizer
-        if stops:
+        if any(stops):
             pieces: list[list[str]] = [[] for _ in request.prompts]
 
             def emit(row: int, piece: str) -> None:
                 pieces[row].append(piece)
 
-            texts = _Texts(Limited(choice, counts), tokenizer, request.prompts, stops, emit)
+            texts = DecodedTexts(Limited(choice, counts), tokenizer, request.prompts, stops, emit)
             texts.when_ended = lambda row: ended(row, "".join(pieces[row]))
             self.generate_with(Completion(request, counts, texts), **options)
             return
@@ -254,7 +260,7 @@ class Conveniences(ABC):
             ended(row, decoder.add(ids) + decoder.end())
 
         completion = Completion(request, counts, limited(choice, counts))
-        self.generate_with(completion, listeners=[_EndedRows(decode)], **options)
+        self.generate_with(completion, listeners=[EndedRows(decode)], **options)
 
     def score(
         self, texts: Sequence[Text], rows: int = scoring.ROWS, *, special_tokens: bool = True
@@ -324,68 +330,3 @@ def _is_row(row: object) -> bool:
 def _all(ids: Sequence[Sequence[int]]) -> list[np.ndarray]:
     """The mask of prompts without padding. A tokenizer may start texts with an id that is also the pad id."""
     return [np.ones(len(row), dtype=np.int64) for row in ids]
-
-
-class _EndedRows:
-    """A listener that passes (row, its new ids) on when a row has ended."""
-
-    def __init__(self, emit: Callable[[tuple[int, np.ndarray]], object]) -> None:
-        self._emit = emit
-        self._ids: dict[int, list[int]] = {}
-
-    def __call__(self, new: NewIds) -> None:
-        columns = new.rows, new.ids.tolist(), new.live.tolist(), new.ended.tolist()
-        for row, id, live, ended in zip(*columns, strict=True):
-            if live:
-                self._ids.setdefault(row, []).append(id)
-            if ended:
-                self._emit((row, np.array(self._ids.pop(row), dtype=np.int64)))
-
-
-class _Texts:
-    """A choice that decodes each row as its ids arrive, passes the pieces on, and ends a row at a stop string."""
-
-    can_end = True
-    whole_call = False
-
-    def __init__(
-        self,
-        choice: Choice,
-        tokenizer: Any,
-        prompts: Sequence[np.ndarray],
-        stop: Sequence[str],
-        emit: Callable[[int, str], object],
-    ) -> None:
-        self.by_logits = choice.by_logits
-        self._choice = choice
-        self._emit = emit
-        self._open = {n: Decoder(tokenizer, prompt, stop) for n, prompt in enumerate(prompts)}
-        self.when_ended: Callable[[int], object] | None = None
-        """Called with each row that has ended, after its last piece."""
-
-    def choose(self, logits: Tensor, rows: Rows, token: int) -> Tensor:
-        return self._choice.choose(logits, rows, token)
-
-    def ends(self, ids: Tensor, rows: Rows, token: int) -> Tensor:
-        ended = torch.zeros(len(ids), dtype=torch.bool)
-        if self._choice.can_end:
-            ended |= self._choice.ends(ids, rows, token)
-        for place, (row, id) in enumerate(zip(rows, ids.tolist(), strict=True)):
-            if row not in self._open:
-                continue
-            decoder = self._open[row]
-            self._emit(row, decoder.add([id]))
-            if decoder.stopped or ended[place]:
-                ended[place] = True
-                self._end(row)
-        return ended
-
-    def finish(self) -> None:
-        """Pass on the text that is still held, after the last token."""
-        for row in list(self._open):
-            self._end(row)
-
-    def _end(self, row: int) -> None:
-        self._emit(row, self._open.pop(row).end())
-        if self.when_ended is not None:
-            self.when_ended(row)

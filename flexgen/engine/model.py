@@ -69,8 +69,8 @@ class OptLM(Conveniences):
     workload: the workload of that search. None: 256 prompts of 512 tokens, with 32 new tokens each.
     device: "auto", "cpu", "cuda", "cuda:0", "emulated" or "emulated:memory=1GiB,link=8GiB,disk=2GiB".
     dtype: the dtype of arithmetic, weights and cache: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
-    offload_dir: the directory for cache and hidden states on disk, and for converted weights, which are reused if
-        they are already in it. None makes a temporary directory.
+    offload_dir: the directory for data on disk. Later openings reuse its converted weights. None: a temporary one.
+    fast_start: whether to map weights in memory from files, and to store converted ones in offload_dir for that.
     weights: "checkpoint" loads the model's weights; a `Path` loads them from that directory instead. "dummy" makes
         random weights of the same shapes and does not use the network.
     progress: whether to show progress bars for loading and generation; None shows them on a terminal only.
@@ -100,6 +100,7 @@ class OptLM(Conveniences):
         num_layers: int | None = None,
         max_memory: Mapping[Tier, int] | None = None,
         hub: HubOptions | None = None,
+        fast_start: bool = False,
     ) -> None:
         if order is not None:
             check_order(order)
@@ -110,7 +111,7 @@ class OptLM(Conveniences):
             check_whole("num_layers", num_layers, 1)
             self.spec = self.spec.first_layers(num_layers)
         self.tokenizer_dir = checkpoint.directory
-        place = Place(device, dtype, offload_dir, read_limits(max_memory), progress)
+        place = Place(device, dtype, offload_dir, read_limits(max_memory), progress, fast_start)
         self._no_bar = None if progress is None else not progress
         opened = open_weights(self.spec, checkpoint, policy, place, workload, order)
         # Frees files and threads also at exit, or if the user forgets to close the model.
@@ -243,8 +244,7 @@ class OptLM(Conveniences):
         order = order_to_run(debug_mode)
         out = self.generate_with(Completion(request, counts, limited(choice, counts), tokens), order=order)
         if (debug_mode or verbose) and (done := self.stats):
-            ran = done.timing, len(out), done.new_tokens, tokens, most, debug_mode
-            print(summary(*ran), file=sys.stderr)
+            print(summary(done.timing, len(out), done.new_tokens, tokens, most, debug_mode), file=sys.stderr)
         return (out, self.last_report(request, most, tokens)) if stats else out
 
     def generate_with(
@@ -282,7 +282,8 @@ class OptLM(Conveniences):
         active, reserve = self._machine.device.active(), plan.workspace(Tier.GPU)
         with bar, active, torch.inference_mode(), (call := Call(model, workload, pad, check, reserve)), call:
             kind, waits = WholeCallTokens if whole else NewTokens, completion.ends_rows_apart(model.policy)
-            for rows, prompts in call.blocks(request, groups, waits=waits):
+            by_place = completion.enters_by_place(model.policy)
+            for rows, prompts in call.blocks(request, groups, waits=waits, by_place=by_place):
                 prompts.guesses = completion.guesses(rows, model.policy)
                 output = kind(prompts, tokens, choice, rows, all_listeners)
                 call.run(prompts, tokens, output)

@@ -50,6 +50,10 @@ class CacheSegment:
         """The format of a head's key or value in a page."""
         return head_format(self.codec, self.head_dim, self.dtype)
 
+    def grows(self, topology: Topology) -> bool:
+        """Whether its memory can be taken page by page: host memory in which attention reads it."""
+        return self.resident and (topology.shares_host_memory or self.tier is Tier.CPU)
+
     @property
     def sparse(self) -> bool:
         return self.sparsity.share < 1
@@ -298,7 +302,8 @@ def cache_segments(
 
     The rows of a tier depend only on the policy, so they are the same for every layer. With a window, a segment has
     the pages of a ring if they are fewer. Attention with a window is never sparse: it reads few tokens anyway. With
-    guesses there are no rings: a guess that is not kept would have overwritten a token that is still read.
+    guesses there are no rings: a guess that is not kept would have overwritten a token that is still read. Nor are
+    there any if prompts enter in the places of single rows.
     """
     share = policy.attn_sparsity if shape.window is None else 1.0
     segments = []
@@ -314,7 +319,7 @@ def cache_segments(
             page_tokens = topology.pieces.tokens_on_disk(2 * len(part) * shape.kv_heads, form.nbytes)
         # Wherever a window begins in a page, its tokens are in that many pages.
         ring = -(-(shape.window.size - 1) // page_tokens) + 1 if shape.window else 0
-        rings = shape.window is not None and not policy.guess and ring * page_tokens < capacity
+        rings = shape.window is not None and not policy.lengths_differ and ring * page_tokens < capacity
         window = shape.window.size if shape.window and rings else None
         if window is None and tier is Tier.GPU and not topology.shares_host_memory:
             page_tokens = capacity  # it never moves, and a GPU processes all of it at once

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,8 @@ from flexgen.layout.cache import CacheLayout, CacheSegment, cache_layout
 from flexgen.layout.needs import Need
 from flexgen.layout.passes import Passes
 from flexgen.layout.topology import Topology
+from flexgen.models import Layer
+from flexgen.models.layer import AttentionLayer
 from flexgen.models.spec import AttentionSpec
 from flexgen.policy import Policy, Tier
 from flexgen.units import BLOCK, align
@@ -41,13 +44,30 @@ class BatchCache:
     def _linked(self) -> bool:
         return not self.topology.shares_host_memory
 
-    def homes(self) -> list[Need]:
-        """Bytes that stay allocated from the first token to the last."""
+    def growing(self, columns: int) -> dict[Tier, int]:
+        """Bytes of the pages with `columns` tokens of each row, by tier whose memory can be taken page by page."""
+        return {
+            segments[0].tier: sum(
+                layers * min(-(-columns // s.page_tokens), s.pages) * s.page_bytes
+                for layers, s in zip(self.kinds.values(), segments, strict=True)
+            )
+            for segments in self._by_tier
+            if segments[0].grows(self.topology)
+        }
+
+    def largest_home(self, tier: Tier) -> int:
+        """Bytes of the rows on a tier in the layer that stores most."""
+        return max(s.nbytes for segments in self._by_tier for s in segments if s.tier is tier)
+
+    def homes(self, pooled: bool = False) -> list[Need]:
+        """Bytes that stay allocated from the first token to the last. pooled: without the pages that `growing`
+        counts."""
         needs, counts = [], self.kinds.values()
         for segments in self._by_tier:
             tier = segments[0].tier
             home = sum(layers * segment.nbytes for layers, segment in zip(counts, segments, strict=True))
-            needs.append(Need(tier, "cache", "home", home))
+            if not (pooled and segments[0].grows(self.topology)):
+                needs.append(Need(tier, "cache", "home", home))
             if segments[0].on_device and self._linked:  # one mask serves all layers
                 needs.append(Need(Tier.GPU, "cache", "workspace", max(s.mask_bytes() for s in segments)))
             if tier is Tier.DISK:  # the pages that are being filled
@@ -110,6 +130,11 @@ class BatchCache:
             taken[on] += max(segment.token_bytes(segment.stored(capacity)) for segment in segments)
         page = 2 * max(segment.page_bytes for segments in self._by_tier for segment in segments)
         return {tier: nbytes and nbytes + page for tier, nbytes in taken.items()}
+
+
+def kinds_of_attention(layers: Iterable[Layer]) -> Counter[AttentionSpec]:
+    """The number of layers with each kind of attention."""
+    return Counter(layer.layer_spec.attention for layer in layers if isinstance(layer, AttentionLayer))
 
 
 def batch_cache(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -34,10 +34,23 @@ class HiddenLayout:
         """The tiers whose rows move."""
         return tuple(tier for tier, rows in self.rows.items() if rows and not self.topology.in_place(tier))
 
+    @property
+    def count(self) -> int:
+        """The number of rows."""
+        return sum(map(len, self.rows.values()))
+
     @cached_property
     def resident(self) -> int:
         """The number of rows that stay on the compute device."""
         return sum(len(rows) for tier, rows in self.rows.items() if tier not in self.away)
+
+    def only(self, rows: range) -> HiddenLayout:
+        """The layout of some rows of the batch, numbered from 0."""
+        some = {}
+        for tier, own in self.rows.items():
+            begin = min(max(own.start, rows.start), rows.stop)
+            some[tier] = range(begin - rows.start, max(min(own.stop, rows.stop), begin) - rows.start)
+        return replace(self, rows=some)
 
     def nbytes(self, tier: Tier, tokens: int) -> int:
         """Bytes of the tier's rows."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flexgen.layout.cache import Span
 from flexgen.layout.prefix import shared_tokens
 from flexgen.policy import Policy
 from flexgen.workload import Workload
+
+_CELL_TOKENS = 256
+"""About this number of tokens of prompts form a cell. The computation of fewer tokens is slower per token. With more,
+attention on the host has nothing to do for a longer time."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,9 @@ class Passes:
     shared: the number of tokens before those of the cache, which are stored once for all rows (see
         `layout/prefix.py`). Spans do not count them.
     guess: the maximum number of guesses that a pass of the decode computes after the newest token of each row.
+    longest: the number of tokens of the longest row that may be computed again, in parts, after it was put back to
+        wait (`Policy.reserve_new`). 0: none is.
+    rows: the maximum number of prompts that a pass computes; 0: no limit.
     """
 
     width: int
@@ -29,12 +36,18 @@ class Passes:
     cached: int = 0
     shared: int = 0
     guess: int = 0
+    longest: int = 0
+    rows: int = 0
 
     @classmethod
     def of(cls, workload: Workload, policy: Policy) -> Passes:
         """The passes of a block of `workload`, over the tokens that its prompts do not share."""
         shared = shared_tokens(workload, policy)
-        return cls(workload.prompt_len - shared, policy.prefill_chunk, shared=shared, guess=policy.guess)
+        width, chunk, longest = workload.prompt_len - shared, policy.prefill_chunk, 0
+        if policy.reserves(workload.gen_len):  # a row is computed again in parts that are as long as a prompt
+            chunk, longest = chunk or width, width + workload.gen_len - 1
+        passes = cls(width, chunk, shared=shared, guess=policy.guess, longest=longest)
+        return replace(passes, rows=0 if passes.extends else policy.prefill_rows)
 
     @property
     def first(self) -> int:
@@ -44,6 +57,11 @@ class Passes:
     def first_of(self, width: int) -> int:
         """The number of the first pass that computes tokens of prompts with `width` tokens."""
         return 1 - self._parts(width)
+
+    @property
+    def rows_of_cell(self) -> int:
+        """The number of prompts that a cell computes while other rows decode, if `rows` limits them."""
+        return min(max(_CELL_TOKENS // self.width, 1), max(self.rows, 1))
 
     @property
     def new(self) -> int:
@@ -63,7 +81,7 @@ class Passes:
     @property
     def extends(self) -> bool:
         """Whether some passes compute several tokens after cached ones."""
-        return self._part < self.width
+        return self._part < max(self.width, self.longest)
 
     def span(self, token: int, width: int | None = None) -> Span:
         """The tokens that a pass computes of prompts with `width` tokens, at most the width of the block. The span

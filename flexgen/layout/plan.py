@@ -6,7 +6,6 @@ bytes of its plan.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,7 +13,8 @@ import torch
 
 from flexgen.errors import PolicyError
 from flexgen.kernels.workspaces import HOST, Workspaces, choice_bytes
-from flexgen.layout.cache_needs import BatchCache, batch_cache, merging_bytes
+from flexgen.layout.cache_needs import BatchCache, batch_cache, kinds_of_attention, merging_bytes
+from flexgen.layout.cache_pool import cache_pool
 from flexgen.layout.graphs import graph_needs, replayed
 from flexgen.layout.hidden import HiddenLayout, activation_bytes, hidden_layout
 from flexgen.layout.needs import MemoryPlan, Need
@@ -25,8 +25,6 @@ from flexgen.layout.rows import lookup_sizes
 from flexgen.layout.topology import Topology
 from flexgen.layout.weight_slots import decoded_bytes, decodes, decoding_bytes, slot_sizes
 from flexgen.models import Layer, ModelSpec, one_of_each_kind
-from flexgen.models.layer import AttentionLayer
-from flexgen.models.spec import AttentionSpec
 from flexgen.policy import Policy, Tier
 from flexgen.quant import head_format
 from flexgen.schedule.orders import Slots
@@ -64,8 +62,9 @@ def plan_memory(
     """
     _check_sparsity(layers, policy)  # raises before weights are loaded, like the formats of heads
     _check_guess(layers, policy, workload)
+    _check_reserve(layers, policy, workload)
     for tier in Tier:
-        for attention in _kinds_of_attention(layers):
+        for attention in kinds_of_attention(layers):
             head_format(policy.cache[tier].codec, attention.head_dim, placement.dtype)
     sizes = slot_sizes(layers, placement, target.topology, target.slots.weights)
     needs = [Need(tier, "weights", "home", count) for tier, count in placement.nbytes.items()]
@@ -105,7 +104,7 @@ def _check_sparsity(layers: Sequence[Layer], policy: Policy) -> None:
     """Raise PolicyError if a layer without a window has scores from which sparse attention cannot choose."""
     if policy.attn_sparsity == 1:
         return
-    for own in _kinds_of_attention(layers):
+    for own in kinds_of_attention(layers):
         if own.window is None and not own.scores.plain:
             parts = {"a cap of scores": own.scores.cap, "ALiBi": own.scores.alibi, "sinks": own.scores.sinks}
             names = " and ".join(name for name, value in parts.items() if value)
@@ -116,10 +115,10 @@ def _check_sparsity(layers: Sequence[Layer], policy: Policy) -> None:
 
 
 def _check_guess(layers: Sequence[Layer], policy: Policy, workload: Workload | None) -> None:
-    """Raise PolicyError if a pass of the decode with guesses has more tokens than layers compute at once, or if keys
-    depend on the length of the text."""
+    """Raise PolicyError if a pass of the decode with guesses has more tokens than layers compute at once, or if rows
+    of different lengths have keys that depend on the length of the text."""
     spec, rows, guess = layers[0].spec, policy.gpu_batch_size, policy.guess
-    if not guess:
+    if not policy.lengths_differ:
         return
     if rows * (1 + guess) > spec.chunk_tokens:
         raise PolicyError(
@@ -127,15 +126,23 @@ def _check_guess(layers: Sequence[Layer], policy: Policy, workload: Workload | N
             f"tokens, and {spec.name} computes at most {spec.chunk_tokens} at once; lower one of the two"
         )
     if workload is not None and spec.stretches(workload.capacity):
+        name = "guess" if guess else "prefill_rows"
         raise PolicyError(
-            f"guess is {guess} for texts of {workload.capacity} tokens, but the keys of {spec.name} change with the "
-            "length of such a text; set guess to 0 or shorten the texts"
+            f"{name} is {getattr(policy, name)} for texts of {workload.capacity} tokens, but the keys of {spec.name} "
+            f"change with the length of such a text; set {name} to 0 or shorten the texts"
         )
 
 
-def _kinds_of_attention(layers: Iterable[Layer]) -> Counter[AttentionSpec]:
-    """The number of layers with each kind of attention."""
-    return Counter(layer.layer_spec.attention for layer in layers if isinstance(layer, AttentionLayer))
+def _check_reserve(layers: Sequence[Layer], policy: Policy, workload: Workload | None) -> None:
+    """Raise PolicyError if rows could be put back whose keys depend on the length of the text."""
+    spec = layers[0].spec
+    if workload is None or not policy.reserves(workload.gen_len) or not spec.stretches(workload.capacity):
+        return
+    raise PolicyError(
+        f"reserve_new is {policy.reserve_new} for texts of {workload.capacity} tokens, but the keys of {spec.name} "
+        "change with the length of such a text, so that rows cannot be computed again; set reserve_new to 0 or "
+        "shorten the texts"
+    )
 
 
 @dataclass(frozen=True)
@@ -168,18 +175,19 @@ class _Block:
 
     @property
     def _batches(self) -> list[int]:
-        return batch_sizes(self.policy, self.workload.num_prompts)
+        return room_sizes(self.policy, self.workload.num_prompts, self.workload.gen_len)
 
     def needs(self) -> list[Need]:
-        kinds, capacity = _kinds_of_attention(self.layers), self._capacity
+        kinds, capacity = kinds_of_attention(self.layers), self._capacity
         dtype, topology = self.placement.dtype, self.target.topology
         cache = {
             rows: batch_cache(kinds, self.policy, rows, capacity, dtype, topology)
             for rows in set(self._batches)
         }
-        needs = []
+        pool = cache_pool(self.layers, self.policy, self._batches, self.workload, dtype, topology)
+        needs = pool.needs() if pool else []
         for rows in self._batches:
-            needs += cache[rows].homes()
+            needs += cache[rows].homes(pooled=pool is not None)
             needs += self._hidden(rows).homes(self.passes.new)
         # All batches use the same slots: each slot is as large as the largest batch needs.
         largest: dict[tuple[Tier, str, str], int] = {}
@@ -190,7 +198,7 @@ class _Block:
         needs.append(Need(Tier.GPU, "libraries", "workspace", self.target.workspaces.fixed))
         needs += self._decoded(cache.values())
         needs += self._looked_up()
-        if not (self.all_logits or self.passes.shared or self.passes.guess):
+        if not (self.all_logits or self.passes.shared or self.policy.lengths_differ):
             needs += self._graphs([cache[rows] for rows in self._batches])
         return needs + self._logits() if self.all_logits else needs
 
@@ -272,6 +280,8 @@ class _Block:
         steps = [(self.passes.new, workload.prompt_len), (1, workload.capacity)]
         if self.passes.guess:
             steps.append((decoded, workload.capacity + self.passes.guess))
+        if self.passes.longest:
+            steps.append((self.passes.new, workload.capacity))
         workspace = max(
             layer.workspace_bytes(
                 rows,
@@ -308,6 +318,13 @@ def batch_sizes(policy: Policy, num_prompts: int) -> list[int]:
     prompts = min(num_prompts, policy.block_size)
     full, rest = divmod(prompts, policy.gpu_batch_size)
     return [policy.gpu_batch_size] * full + ([rest] if rest else [])
+
+
+def room_sizes(policy: Policy, num_prompts: int, gen_len: int) -> list[int]:
+    """The rows for which each batch of a block has room: those of `batch_sizes`. If rows may be put back to wait, all
+    have the same room, because these rows enter again in any of them."""
+    sizes = batch_sizes(policy, num_prompts)
+    return sizes[:1] * len(sizes) if policy.reserves(gen_len) else sizes
 
 
 def staging_bytes(rows: int, positions: int, size: int, dtype: torch.dtype, most: int) -> int:

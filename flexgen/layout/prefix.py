@@ -40,7 +40,12 @@ def sharing(spec: ModelSpec, workload: Workload) -> Workload:
     """The workload, without a prefix if it has one prompt, or if keys depend on the length of the longest row of a
     batch."""
     alone = workload.num_prompts == 1 or spec.stretches(workload.capacity)
-    return replace(workload, prefix=0, cuts=()) if alone else workload
+    return replace(workload, prefix=0, cuts=(), groups=1) if alone else workload
+
+
+def grouped(workload: Workload, policy: Policy) -> Workload:
+    """The workload, as one group if a call with this policy shares no prefix."""
+    return workload if shared_tokens(workload, policy) else replace(workload, groups=1)
 
 
 def prefix_workloads(workload: Workload, policy: Policy) -> tuple[Workload, ...]:
@@ -57,7 +62,8 @@ def prefix_workloads(workload: Workload, policy: Policy) -> tuple[Workload, ...]
 
 def prefix_policy(policy: Policy) -> Policy:
     """The policy of the blocks that compute a prefix. Their cache is on the home of the prefix."""
-    one = {"gpu_batch_size": 1, "num_gpu_batches": 1, "attend_on": "gpu", "guess": 0}
+    one = {"gpu_batch_size": 1, "num_gpu_batches": 1, "attend_on": "gpu"}
+    one |= {"prefill_rows": 0, "guess": 0, "reserve_new": 0}
     return policy.replace(**one, cache={prefix_home(policy): 100})
 
 

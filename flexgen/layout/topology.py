@@ -70,7 +70,11 @@ class Topology:
         return not (self.shares_host_memory or table_is_gathered)
 
     def choose_order(self, name: str | None, policy: Policy, batches: int) -> Order:
-        """The order of that name, or without a name, the policy's order for `batches` batches."""
+        """The order of that name, or without a name, the policy's order for `batches` batches.
+
+        If prompts enter in cells of their own (`prefill_rows`), a layer has several cells in most passes.
+        """
+        batches = max(batches, 2) if policy.prefill_rows else batches
         return ORDERS[name or order_for(policy.overlap, batches, self.host_attends(policy))]
 
 

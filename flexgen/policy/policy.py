@@ -156,6 +156,9 @@ class Policy:
         1 is exact.
     prefill_chunk: the maximum number of tokens per prompt in one pass. With 0, a pass computes whole prompts if
         they fit, and parts of them otherwise.
+    prefill_rows: the maximum number of prompts that a pass computes, in small cells between those of rows that
+        decode. So prompts enter at a constant rate, also at the beginning of a call. With 0, all that have a place
+        enter together.
     overlap: overlap transfers with the computation.
     sep_layer: stream attention and MLP as two units.
     pin_weight: pin all host memory that a GPU reads: weights, cache, hidden states and staging.
@@ -163,6 +166,9 @@ class Policy:
     guess: the maximum number of guesses of the next tokens of a row that a pass of the decode also computes. A guess
         copies what followed an earlier occurrence of the newest tokens in the prompt or its answer. It does not
         change the result. 0 makes no guesses.
+    reserve_new: the number of new tokens for which the cache of each row in host memory is reserved, on average over
+        the rows of a block. Rows take memory as they grow. If more rows are long, some are put back to wait, and are
+        computed again later. 0 reserves the maximum number of new tokens for every row.
     """
 
     gpu_batch_size: int = 1
@@ -173,15 +179,24 @@ class Policy:
     attend_on: str = "cpu"
     attn_sparsity: float = 1.0
     prefill_chunk: int = 0
+    prefill_rows: int = 0
     overlap: bool = True
     sep_layer: bool = True
     pin_weight: bool = True
     share_prefix: bool = True
     guess: int = 0
+    reserve_new: int = 0
 
     def __post_init__(self) -> None:
-        counts = (("gpu_batch_size", 1), ("num_gpu_batches", 1), ("prefill_chunk", 0), ("guess", 0))
-        for name, least in counts:
+        for name in (
+            "gpu_batch_size",
+            "num_gpu_batches",
+            "prefill_chunk",
+            "prefill_rows",
+            "guess",
+            "reserve_new",
+        ):
+            least = int(name in ("gpu_batch_size", "num_gpu_batches"))
             object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
         if not isinstance(self.attend_on, str) or self.attend_on not in (Tier.CPU, Tier.GPU):
             raise PolicyError(f'attend_on is {shown(self.attend_on)}; it must be "cpu" or "gpu"')
@@ -198,8 +213,13 @@ class Policy:
                     f"attn_sparsity is {self.attn_sparsity:g} with codec {codec!r} for the cache on {tier}; "
                     "sparse attention needs a cache without a codec: leave out one of the two"
                 )
-        if self.guess and (reason := self._against_guesses()):
-            raise PolicyError(f"guess is {self.guess} with {reason}; set guess to 0 or change the other one")
+        for name, reason in (
+            ("guess", self._against_guesses()),
+            ("reserve_new", self._against_reserves()),
+            ("prefill_rows", self._against_prefill_rows()),
+        ):
+            if (value := getattr(self, name)) and reason:
+                raise PolicyError(f"{name} is {value} with {reason}; set {name} to 0 or change the other one")
         for name in ("overlap", "sep_layer", "pin_weight", "share_prefix"):
             if not isinstance(value := getattr(self, name), bool):
                 raise PolicyError(
@@ -215,6 +235,37 @@ class Policy:
         if percent := self.cache.percent(Tier.DISK):
             return f"{percent:g} percent of the cache on disk, where a page has the same tokens of all rows"
         return None
+
+    def _against_reserves(self) -> str | None:
+        """The field with which rows cannot be computed again with the same result."""
+        if self.attn_sparsity < 1:
+            return f"attn_sparsity = {self.attn_sparsity:g}, which applies to new tokens but not to prompts"
+        if self.guess:
+            return f"guess = {self.guess}, with which rows of a batch have different numbers of new tokens"
+        return None
+
+    def reserves(self, gen_len: int) -> bool:
+        """Whether a call with up to `gen_len` new tokens per row reserves less cache than all rows may need."""
+        return 0 < self.reserve_new < gen_len
+
+    def _against_prefill_rows(self) -> str | None:
+        """The field with which prompts cannot enter in the places of single rows."""
+        if percent := self.cache.percent(Tier.DISK):
+            return f"{percent:g} percent of the cache on disk, where all rows of a batch are written together"
+        if (percent := self.activations.percent(Tier.GPU)) < 100:
+            return f"{percent:g} percent of the activations on gpu, but it needs 100: only a few prompts have many"
+        if self.attn_sparsity < 1:
+            return f"attn_sparsity = {self.attn_sparsity:g}, which needs equal lengths of all rows of a batch"
+        if self.guess:
+            return f"guess = {self.guess}, which starts with all rows of a batch"
+        if self.reserve_new:
+            return f"reserve_new = {self.reserve_new}, which puts whole batches back to wait"
+        return None
+
+    @property
+    def lengths_differ(self) -> bool:
+        """Whether the rows of a batch may have different numbers of cached tokens."""
+        return self.guess > 0 or self.prefill_rows > 0
 
     @property
     def block_size(self) -> int:

@@ -82,8 +82,16 @@ class Activations:
 
         Call it only between two tokens, because it discards the hidden states between two layers.
         """
-        self._layouts = batches
-        self._resident: list[Tensor | None] = [None] * len(batches)
+        self._batches = batches
+        self.divide([(k, range(layout.count)) for k, layout in enumerate(batches)])
+
+    def divide(self, cells: Sequence[tuple[int, range]]) -> None:
+        """Continue with cells that compute these rows of these batches. Call it only between two tokens.
+
+        Parts of a batch have no home of their own: all rows must stay on the device.
+        """
+        self._layouts = [self._batches[k].only(rows) for k, rows in cells]
+        self._resident: list[Tensor | None] = [None] * len(cells)
 
     def close(self) -> None:
         """Release all memory and files."""

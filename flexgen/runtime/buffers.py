@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from flexgen.layout.cache import cache_segments
+from flexgen.layout.cache_pool import CachePool, cache_pool
 from flexgen.layout.graphs import replayed
 from flexgen.layout.hidden import HiddenLayout, hidden_layout
 from flexgen.layout.passes import Passes
+from flexgen.layout.plan import room_sizes
 from flexgen.memory.taken import run_all
 from flexgen.models.layer import AttentionLayer
 from flexgen.runtime.activations import Activations
@@ -25,13 +27,15 @@ from flexgen.workload import Workload
 @dataclass(frozen=True)
 class BlockBuffers:
     """The buffers of a block's cells. `lookup`: None if the table is used in place. `replays`: None if no cell is
-    replayed. `prefix`: the tokens that all rows share; None if they share none."""
+    replayed. `prefix`: the tokens that all rows share; None if they share none. `pool`: the pages of the cache that
+    its batches share; None if each batch has all of its own."""
 
     cache: KVCache
     activations: Activations
     lookup: Lookup | None
     replays: CellGraphs | RecordedCells | None
     prefix: SharedPrefix | None = None
+    pool: CachePool | None = None
 
     def expect(self, tokens: int) -> None:
         """Announce that the next run computes `tokens` tokens with the present batches."""
@@ -49,6 +53,12 @@ class BlockBuffers:
         self.cache.reset()
         self.activations.regroup(_hidden_layouts(model, batches))
 
+    def divide(self, cells: Sequence[tuple[int, range]]) -> None:
+        """Continue with cells that compute these rows of these batches. No transfer may be in flight."""
+        self.end_run()
+        self.cache.divide(cells)
+        self.activations.divide(cells)
+
     def regroup(self, model: Model, batches: Sequence[Moved]) -> None:
         """Continue with these batches. No transfer may be in flight."""
         self.end_run()
@@ -57,7 +67,7 @@ class BlockBuffers:
 
 
 class Buffers:
-    """The buffers for blocks of one shape. `batches`: the rows of each GPU batch, or [] while there are no buffers.
+    """The buffers for blocks of one shape. `batches`: the rows for which each GPU batch has room; [] without buffers.
     `prefix`: the tokens that all rows of the next buffers share. The caller closes it.
 
     `make` allocates them and `close` releases them, any number of times. A call has its own buffers. Those of a text
@@ -69,6 +79,18 @@ class Buffers:
         self.block: BlockBuffers | None = None
         self.prefix: SharedPrefix | None = None
         self._close: list[Callable[[], object]] = []
+
+    def fit(self, model: Model, workload: Workload, batches: Sequence[int], workspace: int) -> None:
+        """Prepare for a block with these batches. The memory of a block of the same shape is used again. workspace:
+        as for `Call`."""
+        rooms = room_sizes(model.policy, sum(batches), workload.gen_len)
+        if rooms != self.batches:
+            self.make(model, workload, rooms)
+            model.machine.device.reserve(workspace)
+        elif self.block is not None:
+            self.block.reset(model, rooms)
+        if self.block is not None and rooms != batches:
+            self.block.regroup(model, [Moved.entering(rows) for rows in batches])
 
     def make(self, model: Model, workload: Workload, batches: Sequence[int]) -> None:
         """Allocate the memory of a block with these batches."""
@@ -89,7 +111,8 @@ class Buffers:
         segments = {j: [kinds[own.cache, rows] for rows in batches] for j, own in attention.items()}
         heads = {j: own.heads for j, own in attention.items()}
         self.batches = list(batches)
-        cache = KVCache(segments, heads, passes, machine, slots)
+        pool = cache_pool(model.layers, model.policy, batches, workload, dtype, machine.device.topology)
+        cache = KVCache(segments, heads, passes, machine, slots, pool)
         self._close.append(cache.close)
         activations = Activations(_hidden_layouts(model, batches), passes.new, dtype, machine, slots)
         self._close.append(activations.close)
@@ -97,14 +120,15 @@ class Buffers:
         if model.table is not None:
             lookup = Lookup(model.table, max(batches) * passes.new, dtype, machine, slots)
             self._close.append(lookup.close)
-        replays: CellGraphs | RecordedCells | None = None  # a replay has one length for all rows
+        replays: CellGraphs | RecordedCells | None = None
         device = machine.device
         resident = replayed(
             model.layers, model.weights.placement, model.policy, device.topology, device.workspaces
         )
-        if model.policy.guess:
-            pass
-        elif resident and self.prefix is None:
+        if model.policy.prefill_rows:
+            pass  # each pass may have other cells
+        # A graph has one new token of each row, and one length of all rows.
+        elif resident and self.prefix is None and not model.policy.guess:
             whole = {own: segments[j][0][0] for j, own in attention.items()}
             replays = CellGraphs(model.layers, resident, cache, whole, device)
         elif device.torch_device.type == "cpu":
@@ -112,7 +136,7 @@ class Buffers:
             replays = RecordedCells(model.layers, in_place, cache)
         if replays is not None:
             self._close.append(replays.close)
-        self.block = BlockBuffers(cache, activations, lookup, replays, self.prefix)
+        self.block = BlockBuffers(cache, activations, lookup, replays, self.prefix, pool)
 
     def end_call(self) -> None:
         """Discard the state of a call in buffers that outlive it."""

@@ -92,12 +92,13 @@ class CacheJobs:
         span: Span,
         k: Tensor,
         v: Tensor,
-        lengths: Tensor | None = None,
+        lengths: Tensor | int,
     ) -> Sequence[Page]:
         """Write the last new keys and values, in their stored form, to the working pages, and return these.
 
-        lengths: as for `put_by_row`, for rows with different numbers of cached tokens. Call it once per step: a tail
-        that the step fills moves to the slot, which has the other full pages, and later tokens begin a new tail.
+        lengths: the column of the first new token, of all rows or of each as for `put_by_row`. Call it once per step:
+        a tail that the step fills moves to the slot, which has the other full pages, and later tokens begin a new
+        tail.
         """
         first, last = span.pages(part.segment.page_tokens)
         if buffers.host is not None and last > first and span.length % part.segment.page_tokens:
@@ -105,8 +106,8 @@ class CacheJobs:
             begin = part.segment.place(first)
             buffers.host[begin : begin + part.tail.nbytes].copy_(part.tail)
         pages = self.working_pages(part, buffers, span)
-        if lengths is None:
-            put(pages, span.length + span.new - k.shape[2], k, v)
+        if isinstance(lengths, int):
+            put(pages, lengths + span.new - k.shape[2], k, v)
         else:
             put_by_row(pages, lengths, k, v)
         return pages

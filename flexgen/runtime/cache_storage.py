@@ -13,6 +13,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from flexgen.layout.cache import CacheLayout, CacheSegment, Span
+from flexgen.layout.cache_pool import CachePool
 from flexgen.layout.passes import Passes
 from flexgen.memory.disk import Read
 from flexgen.memory.machine import Machine
@@ -37,13 +38,14 @@ class CacheStorage:
         passes: Passes,
         machine: Machine,
         slots: int,
+        pool: CachePool | None = None,
     ) -> None:
         self._machine = machine
+        self._shared = None if pool is None else dict(pool.nbytes)  # bytes by tier that are not counted yet
         self._heads = heads
         self._passes = passes
         self._jobs = CacheJobs(machine)
         self._taken = Taken()
-        self._files = itertools.count()
         self._parts: dict[tuple[int, int], list[Part]] = {
             (j, k): [] for j, batches in layers.items() for k in range(len(batches))
         }
@@ -52,6 +54,7 @@ class CacheStorage:
                 for layer, part in zip(layers, self._make_parts(of_tier), strict=True):
                     self._parts[layer, batch].append(part)
         self._made = self._parts
+        self._shown: Mapping[tuple[int, int], Sequence[Part]] = self._parts
         self._rooms = self._parts  # as made: the memory of each batch, of which a smaller batch uses a part
         self.layouts = self._layouts_of(self._parts)
         """The layouts by layer and batch, with the moves for attention and back home."""
@@ -71,7 +74,7 @@ class CacheStorage:
 
     def parts_of(self, layer: int, batch: int) -> Sequence[Part]:
         """The parts of a layer and batch."""
-        return self._parts[layer, batch]
+        return self._shown[layer, batch]
 
     def slot(self, tier: Tier, cell: BoundCell) -> Slot:
         """The cell's buffers for the part of a tier."""
@@ -79,7 +82,7 @@ class CacheStorage:
 
     def segments(self) -> dict[tuple[int, int], list[CacheSegment]]:
         """The segments by layer and batch."""
-        return {key: [part.segment for part in parts] for key, parts in self._parts.items()}
+        return {key: [part.segment for part in parts] for key, parts in self._shown.items()}
 
     # Buffers
 
@@ -91,7 +94,7 @@ class CacheStorage:
         tier, on_device = segments[0].tier, self._reaches_device(segments[0])
         sizes = [segment.nbytes for segment in segments]
         if tier is Tier.DISK:
-            path = self._taken.file(self._machine.disk, f"cache-{next(self._files)}", sum(sizes))
+            path = self._taken.file(self._machine.disk, "cache", sum(sizes))
             pages, purpose = [s.page_bytes for s in segments], "tails of the KV cache on disk"
             tails = self._take(self._machine.host, sum(pages), purpose, copied_by_device=on_device)
             starts = itertools.accumulate(sizes, initial=0)
@@ -99,10 +102,26 @@ class CacheStorage:
                 page = tuple(pages_in(tail, segment))
                 yield Part(segment, file=(path, start), tail=tail, tail_page=page)
             return
-        store = self._machine.device.memory if tier is Tier.GPU else self._machine.host
-        homes = self._take(store, sum(sizes), "KV cache", copied_by_device=on_device)
+        in_use = None
+        if self._grows(segments[0]):
+            assert self._shared is not None
+            in_use = min(sum(sizes), self._shared[tier])
+            self._shared[tier] -= in_use
+        homes = self._taken.buffer(self._store(tier), sum(sizes), "KV cache", on_device, in_use)
         for segment, home in zip(segments, homes.split(sizes), strict=True):
             yield Part(segment, home=home, pages=tuple(pages_in(home, segment)))
+
+    def _store(self, tier: Tier) -> Store:
+        return self._machine.device.memory if tier is Tier.GPU else self._machine.host
+
+    def _grows(self, segment: CacheSegment) -> bool:
+        """Whether the memory of the segment is taken page by page."""
+        return self._shared is not None and segment.grows(self._machine.device.topology)
+
+    def _clear(self, part: Part) -> None:
+        """Give back the memory of a part that grows."""
+        if part.home is not None and self._grows(part.segment):
+            self._store(part.segment.tier).clear(part.home)
 
     def _reaches_device(self, segment: CacheSegment) -> bool:
         """Whether the compute device computes attention over the segment in some step."""
@@ -146,7 +165,8 @@ class CacheStorage:
         Batches that stay keep their memory. The n-th batch of rows that move overwrites the n-th of the batches from
         which rows move. These batches up to the n-th are no larger than the new ones up to it, so it overwrites only
         rows that have been read. Batches of prompts that enter come last, and use the memory that is left. The
-        temporary memory is at most that of one batch's rows in one layer (see `gather`).
+        temporary memory is at most that of one batch's rows in one layer (see `gather`). Memory that is taken page by
+        page is given back, layer by layer, if no batch uses it any more.
         """
         layers = {layer for layer, _ in self._parts}
         moving = [moved for moved in batches if moved.moves]
@@ -160,18 +180,22 @@ class CacheStorage:
         self._rooms = {(j, n): self._rooms[j, k] for j in layers for n, k in enumerate([*owners, *left])}
         parts: dict[tuple[int, int], list[Part]] = {}
         for j in layers:
+            unused = [part for n in range(len(left)) for part in self._rooms[j, len(owners) + n]]
             for k, (moved, owner) in enumerate(zip(batches, owners, strict=True)):
                 if moved.whole is not None:
                     parts[j, k] = self._parts[j, moved.whole]
                     continue
                 tiers = split.rows(moved.count)
                 rooms = [part for part in self._rooms[j, k] if tiers[part.segment.tier]]
+                unused += [part for part in self._rooms[j, k] if not tiers[part.segment.tier]]
                 segments = [replace(part.segment, rows=tiers[part.segment.tier]) for part in rooms]
                 if moved.new:
                     before = {part.segment: part for part in self._parts.get((j, owner), ())}
                     some = zip(rooms, segments, strict=True)
                     parts[j, k] = [
-                        before.get(segment) or self._emptied(room, segment) for room, segment in some
+                        (None if self._grows(segment) else before.get(segment))
+                        or self._emptied(room, segment)
+                        for room, segment in some
                     ]
                     continue
                 held = gather(moved, segments, self._histories(j, moved), self._machine.device)
@@ -179,19 +203,41 @@ class CacheStorage:
                     self._refill(part, segment, moved.length, *both)
                     for part, segment, both in zip(rooms, segments, held, strict=True)
                 ]
+            for part in unused:
+                self._clear(part)
         self._continue_with(parts)
 
     def _continue_with(self, parts: dict[tuple[int, int], list[Part]]) -> None:
         self._parts = parts
+        self._show(parts)
+
+    def _show(self, parts: Mapping[tuple[int, int], Sequence[Part]]) -> None:
+        self._shown = parts
         self.layouts = self._layouts_of(parts)
+
+    def divide(self, cells: Sequence[tuple[int, range]]) -> None:
+        """Continue with cells that compute these rows of these batches. `parts` and `layouts` are then those of the
+        cells."""
+        layers = {layer for layer, _ in self._parts}
+        self._show(
+            {
+                (j, n): [some for part in self._parts[j, k] if (some := part.only(rows))]
+                for j in layers
+                for n, (k, rows) in enumerate(cells)
+            }
+        )
 
     def reset(self) -> None:
         """Continue with the batches for which the cache was made, for other prompts."""
-        if self._parts is self._made:
+        if self._parts is self._made and self._shared is None:
+            self._show(self._made)
             return
         self._rooms = self._made
         self._continue_with(self._made)
         for part in itertools.chain.from_iterable(self._made.values()):
+            if self._grows(part.segment):
+                self._clear(part)
+                continue
             for memory in (part.home, part.tail):
                 if memory is not None:  # it had other shapes: values that are not filled must be finite
                     memory.zero_()
@@ -224,7 +270,11 @@ class CacheStorage:
         """The part for the rows of `segment`, without tokens. It had other shapes: values that are not filled must be
         finite."""
         if part.home is not None:
-            home = part.home[: segment.nbytes].zero_()
+            home = part.home[: segment.nbytes]
+            if self._grows(segment):
+                self._clear(part)
+            else:
+                home.zero_()
             return replace(part, segment=segment, home=home, pages=tuple(pages_in(home, segment)))
         assert part.tail is not None
         tail = part.tail[: segment.page_bytes].zero_()
@@ -234,7 +284,7 @@ class CacheStorage:
         """The part, filled with the keys and values of the rows of `segment`, the last of `length` tokens."""
         span, buffers = Span(0, length), self._slots[segment.tier][0]
         part = self._emptied(part, segment)
-        self._jobs.put(part, buffers, span, k, v)
+        self._jobs.put(part, buffers, span, k, v, span.length)
         if segment.flushed(span):
             self._machine.io.write(self._jobs.flush(part, buffers, span))
         return part

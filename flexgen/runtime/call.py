@@ -28,6 +28,7 @@ from flexgen.runtime.prefix import SharedPrefix
 from flexgen.runtime.prefix_groups import PrefixGroup
 from flexgen.runtime.prompts import Prompts
 from flexgen.runtime.request import Request
+from flexgen.runtime.seating import Seating
 from flexgen.runtime.tokens import NewTokens, Output
 from flexgen.schedule.idle import Place
 from flexgen.schedule.orders import Order, normal
@@ -43,7 +44,7 @@ class Timing:
     `ran`: the number of passes that each block ran after its prompts, fewer than tokens were requested if all of its
     rows stopped earlier, and more if prompts entered.
     `stages`: seconds, new tokens and passes * places of each stage. `counted`: the seconds that are in them.
-    `guesses_made`, `guesses_kept`: as in `Report`.
+    `guesses_made`, `guesses_kept`, `put_back`: as in `Report`.
     """
 
     prefill: float = 0.0
@@ -52,6 +53,7 @@ class Timing:
     ran: list[int] = field(default_factory=list)
     guesses_made: int = 0
     guesses_kept: int = 0
+    put_back: int = 0
     stages: dict[Stage, tuple[float, int, int]] = field(default_factory=dict)
     counted: float = 0.0
 
@@ -163,17 +165,18 @@ class Call:
         groups: Sequence[PrefixGroup],
         prefix_output: PrefixOutput = _first_token,
         waits: bool = False,
+        by_place: bool = False,
     ) -> Iterator[tuple[list[int], Prompts]]:
         """The numbers of the prompts of each block, prepared, group by group. `begin` computes the prefix of a group.
 
         waits: whether all prompts of a group are given to one block, where those beyond its size wait until rows have
-            ended.
+            ended. by_place: whether they then enter in the places of single rows, at the rate of the policy.
         """
         for group in groups:
             self.begin(group, request, prefix_output)
             own = group.prompts(request)
             for some in own.blocks(len(own.prompts) if waits else self._model.policy.block_size):
-                yield [group.rows[n] for n in some], self.prepare([own.prompts[n] for n in some])
+                yield [group.rows[n] for n in some], self.prepare([own.prompts[n] for n in some], 0, by_place)
 
     @property
     def prefix(self) -> tuple[SharedPrefix, ...]:
@@ -231,23 +234,22 @@ class Call:
             run_all([block._free_prompts, block._buffers.close, model.machine.device.return_freed])
         return timed
 
-    def prepare(self, prompts: Sequence[np.ndarray], cached: int = 0) -> Prompts:
-        """Accept the prompts of the next block. Prompts beyond the policy's block size enter when rows of others have
-        ended. `cached`: the number of tokens of each row before them, which retained buffers have."""
+    def prepare(self, prompts: Sequence[np.ndarray], cached: int = 0, by_place: bool = False) -> Prompts:
+        """Accept the prompts of the next block. Prompts beyond the policy's block size enter when rows have ended.
+        `cached`: the tokens of each row in retained buffers. by_place: see `blocks`; not for chunks of prompts."""
         self._began = time.perf_counter()
         self._free_prompts()
-        batches = batch_sizes(self._model.policy, len(prompts))
-        buffers = self._buffers
-        if batches != buffers.batches:
-            buffers.make(self._model, self._workload, batches)
-            self._model.machine.device.reserve(self._workspace)
-        elif buffers.block is not None:
-            buffers.block.reset(self._model, batches)
         policy, width = self._model.policy, max(map(len, prompts))
+        buffers, batches = self._buffers, batch_sizes(policy, len(prompts))
+        buffers.fit(self._model, self._workload, batches, self._workspace)
         shared = buffers.prefix.length if buffers.prefix else 0
-        passes = Passes(width, policy.prefill_chunk, cached, shared, policy.guess)
+        passes = replace(Passes.of(self._workload, policy), width=width, cached=cached, shared=shared)
+        if not by_place:
+            passes = replace(passes, rows=0)
         machine, slots = self._model.machine, self._model.slots.cells
         self._prompts = Prompts(prompts, batches, passes, self._pad_id, machine, slots)
+        if pool := self._block.pool:
+            self._prompts.seating = Seating(pool)
         self._model.machine.device.settle()
         self.counts.positions_computed += self._prompts.prompt_positions
         return self._prompts
@@ -261,11 +263,17 @@ class Call:
         """
         self.timing.counted = self.timing.total
         self.timing.prefill += self._elapsed() - self.timing.total  # the preparation
+        if prompts.by_place:
+            prompts.seat(prompts.batches, prompts.first)
+            self._block.divide(prompts.cells)
         self._block.expect(tokens)
         generation = self._execute(prompts, tokens, output, prompts.first)
         while generation.following:
             number = generation.next
-            if generation.following != prompts.batches:
+            if prompts.by_place:
+                prompts.seat(generation.following, number)
+                self._block.divide(prompts.cells)
+            elif generation.following != prompts.batches:
                 if (restarted := prompts.restart(generation.following)) is not None:
                     self.timing.ran.append(number)
                     number = restarted
@@ -274,6 +282,7 @@ class Call:
             generation = self._execute(prompts, tokens, output, number)
         self.timing.total += time.perf_counter() - self._began
         self.timing.ran.append(generation.next)
+        self.timing.put_back += prompts.seating.put_back if prompts.seating else 0
         if prompts.guesses is not None:
             self.timing.guesses_made += prompts.guesses.made
             self.timing.guesses_kept += prompts.guesses.kept
@@ -281,7 +290,7 @@ class Call:
     def _execute(self, prompts: Prompts, tokens: int, output: Output, first: int) -> Generation:
         offset, stage = self._elapsed(), prompts.stage
         made = output.count if isinstance(output, NewTokens) else 0
-        order = self._model.order_of(len(prompts.batches))
+        order = self._model.order_of(len(prompts.cells))
         passes = max(-first, 0) + 1 if output.by_token else prompts.passes_left(first, tokens)
         run = range(first, first + passes)
         generation = self._generation(prompts, output, self._grid(order, prompts, len(run)), first)
@@ -349,7 +358,7 @@ class Call:
         return {Phase.PREFILL: prefill, Phase.DECODE: decode}
 
     def _grid(self, order: Order, prompts: Prompts, tokens: int) -> Grid:
-        model, batches = self._model, len(prompts.batches)
+        model, batches = self._model, len(prompts.cells)
         pieces = count_pieces(model.weights.layouts, batches)
         return order.grid(tokens, len(model.layers), batches, pieces, model.slots, model.feeds_ids)
 

@@ -88,7 +88,9 @@ class BoundCell:
     of its buffers. `span`: the tokens of each row that it computes. `padding`: the padding of the batch.
     `number`: the number of the pass, which is the same for all batches.
     `prefix`: the tokens that all rows share, before those of the cache.
-    `guesses`: the new tokens of a pass of the decode if the block makes guesses.
+    `guesses`: the new tokens of a pass of the decode if the block makes guesses, or if rows have different numbers of
+    cached tokens.
+    `column`: that of the first new token if no token of the rows is cached.
     """
 
     token: int
@@ -100,11 +102,18 @@ class BoundCell:
     number: int = 0
     prefix: PrefixPages | None = None
     guesses: NewIdsOfPass | None = None
+    column: int = 0
 
-    def lengths(self, rows: range) -> Tensor | None:
-        """(rows,) int64 in host memory: the cached tokens of each row, with its padding. None if all rows have
-        `span.length`. Only jobs of the cell may read it, because the pass before sets it."""
-        return None if self.guesses is None else self.guesses.lengths[rows.start : rows.stop]
+    def lengths(self, rows: range) -> Tensor | int:
+        """The column of the first new token: that of each row, (rows,) int64 in host memory, or of all rows.
+
+        Only jobs of the cell may read those of each row, because the pass before sets them.
+        """
+        return (
+            self.column or self.span.length
+            if self.guesses is None
+            else self.guesses.lengths[rows.start : rows.stop]
+        )
 
     def own(self, scoring: Scoring) -> Scoring:
         """The scoring of attention over the tokens of the cache."""

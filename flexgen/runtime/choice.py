@@ -116,6 +116,47 @@ class Limited:
         return ended | self._choice.ends(ids, rows, token) if self._choice.can_end else ended
 
 
+class _ByRow:
+    """A choice of its own for each prompt, in the order of the caller. Rows with the same one are chosen together."""
+
+    whole_call = False
+
+    def __init__(self, choices: Sequence[Choice]) -> None:
+        self._choices = choices
+        self.can_end = any(choice.can_end for choice in choices)
+        self.by_logits = all(choice.by_logits for choice in choices)
+
+    def choose(self, logits: Tensor, rows: Rows, token: int) -> Tensor:
+        groups = self._groups(rows)
+        if len(groups) == 1:
+            return groups[0][0].choose(logits, rows, token)
+        ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
+        for choice, places in groups:
+            index = torch.tensor(places, device=logits.device)
+            ids[index] = choice.choose(logits[index], [rows[n] for n in places], token)
+        return ids
+
+    def ends(self, ids: Tensor, rows: Rows, token: int) -> Tensor:
+        ended = torch.zeros(len(rows), dtype=torch.bool)
+        for choice, places in self._groups(rows):
+            if choice.can_end:
+                ended[places] = choice.ends(ids[places], [rows[n] for n in places], token)
+        return ended
+
+    def _groups(self, rows: Rows) -> list[tuple[Choice, list[int]]]:
+        """The places in `rows` of the prompts that have the same choice."""
+        groups: dict[int, tuple[Choice, list[int]]] = {}
+        for place, row in enumerate(rows):
+            choice = self._choices[row]
+            groups.setdefault(id(choice), (choice, []))[1].append(place)
+        return list(groups.values())
+
+
+def by_row(choices: Sequence[Choice]) -> Choice:
+    """A choice that is `choices[row]` for each prompt. None of them may have `whole_call`."""
+    return choices[0] if all(choice is choices[0] for choice in choices) else _ByRow(choices)
+
+
 def limited(choice: Choice, counts: Sequence[int]) -> Choice:
     """`choice` for rows of at most `counts` tokens. It is unchanged if these are equal."""
     return choice if len(set(counts)) == 1 else Limited(choice, counts)

@@ -19,9 +19,10 @@ class Moved:
     """A batch that consists of rows of the previous batches.
 
     `rows`: the previous (batch, row in the batch) of each row. `lengths`: the cached columns of each previous batch.
-    `length`: the cached columns of this one. All rows of a batch end in the same column, so they all move by the same
-    number of columns. `whole`: the number of the previous batch, if this one has exactly its rows. `new`: the number
-    of rows of a batch of prompts that enter, which has no previous rows and no cached columns.
+    `length`: the cached columns of this one. All rows of a previous batch move by the same number of columns: without
+    guesses, they all end in the same column, and with guesses, their prompts do. `whole`: the number of the previous
+    batch, if this one has exactly its rows. `new`: the number of rows of a batch of prompts that enter, which has no
+    previous rows and no cached columns.
     """
 
     rows: tuple[tuple[int, int], ...]
@@ -29,6 +30,11 @@ class Moved:
     length: int
     whole: int | None
     new: int = 0
+
+    @classmethod
+    def entering(cls, rows: int, lengths: tuple[int, ...] = ()) -> Moved:
+        """A batch of prompts that enter."""
+        return cls((), lengths, 0, None, rows)
 
     @property
     def count(self) -> int:

@@ -92,7 +92,7 @@ class Generation:
         if not isinstance(replays := self._buffers.replays, RecordedCells):
             return joined
         first = 0
-        for j in range(self.grid.layers - 1):  # the head also chooses ids
+        for j in range(self.grid.layers):
             if replays.joins(j, 0):
                 joined[first] = range(first, j + 1)
             else:
@@ -174,9 +174,10 @@ class Generation:
             if op is not Op.COMPUTE or first not in self._joined:
                 yield event
                 continue
-            end = event.start
-            for j, seconds in zip(self._joined[first], self._runner.ends(number, first), strict=True):
-                start, end = end, event.start + seconds
+            layers, end = self._joined[first], event.start
+            for j, seconds in zip(layers, self._runner.ends(number, first), strict=True):
+                # That of the head also has the choice of the ids.
+                start, end = end, event.end if j == layers[-1] else event.start + seconds
                 yield Event(Step(op, number, j, k), event.lane, start, end)
 
     def _cell(self, step: Step) -> BoundCell:

@@ -4,6 +4,9 @@ A pass computes the newest id of each row and up to `guess` ids that may follow 
 each of these positions, as without guesses. A guess is kept if it equals the id that was chosen before it, so each
 row gets the same ids as without guesses, in fewer passes. The next pass overwrites the keys and values of the others.
 
+A pass computes the guesses of a batch only if enough of them will be right, by those of earlier passes. Otherwise it
+computes one token of each row, like a pass without guesses, and only compares the guesses with the chosen ids.
+
 The default guesses copy what followed an earlier occurrence of the newest ids (prompt lookup decoding, Saxena, 2023).
 """
 
@@ -27,6 +30,13 @@ an id of the model."""
 
 _LOOKED_UP = 3
 """The newest ids that must occur earlier. With two, many guesses in ordinary text are wrong."""
+
+_WORTH = 0.1
+"""A pass computes the guesses of a batch if it may expect at least this number of right ones per row. Guesses are for
+passes that wait for data, whose arithmetic has time for more tokens, but not for an amount without a limit."""
+
+_NEWEST = 0.25
+"""The weight of the newest guess in the share of right ones, which may change within a few tokens."""
 
 
 def copied(ids: np.ndarray, count: int) -> Sequence[int]:
@@ -84,15 +94,15 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class _Known:
-    """What is known before pass `token` of a batch: the columns of the longest row, and whether it has guesses."""
+    """What is known before pass `token` of a batch: the columns of the longest row; whether it computes guesses."""
 
     token: int
     longest: int
-    guesses: bool = True
+    guesses: bool = False
 
 
 class _Passes:
-    """The passes of one batch whose rows stay together."""
+    """The passes of one batch."""
 
     def __init__(self, batch: Rows, guess: int) -> None:
         # Not the batch: the passes of one that has ended must not keep it.
@@ -118,11 +128,26 @@ class _Passes:
         return NewIdsOfPass(newest, ids, lengths, [0] * rows, [token] * rows)
 
 
+class _Right:
+    """The share of a row's guesses that were right, of those that followed right ones. It begins at one half."""
+
+    def __init__(self) -> None:
+        self.share = 0.5
+
+    def add(self, right: bool) -> None:
+        self.share += _NEWEST * (right - self.share)
+
+    def expected(self, guesses: int) -> float:
+        """The expected number of right ones: each of `guesses` is right only if those before it are."""
+        return sum(self.share**n for n in range(1, guesses + 1))
+
+
 class Guesses:
     """The guesses for the rows of one block, and the ids from which they are made.
 
     prompts: the ids of each prompt, with those of a shared prefix. tokens: the number of new tokens of each row.
-    guess: the maximum number of guesses of a row in a pass. `made`, `kept`: the numbers of guesses so far.
+    guess: the maximum number of guesses of a row in a pass. `made`, `kept`: the numbers of guesses that passes have
+    computed so far, and of those that were right.
     """
 
     def __init__(
@@ -136,6 +161,7 @@ class Guesses:
         self._counts = [len(prompt) for prompt in prompts]
         self._lengths = list(self._counts)
         self._ids = [np.concatenate([prompt, np.zeros(tokens, np.int64)]) for prompt in prompts]
+        self._right = [_Right() for _ in prompts]
         self._passes: WeakKeyDictionary[Rows, _Passes] = WeakKeyDictionary()
 
     def _of(self, batch: Rows) -> _Passes:
@@ -146,7 +172,7 @@ class Guesses:
         """The pass of `batch` that computes token `token`, with its span.
 
         Called when the steps of the pass are issued. The ids of earlier passes may not be known yet, so the span has
-        the most columns that the rows can have by then. Only batches that have guesses compute more than one token.
+        the most columns that the rows can have by then. The width of the pass depends on the guesses that are known.
         """
         passes = self._of(batch)
         found, known = passes.of(token), passes.known
@@ -161,7 +187,21 @@ class Guesses:
         """Accept the first new id of each row of the batch. ended: the rows that have ended."""
         for row, id in zip(batch.rows, ids, strict=True):
             self._add(row, id)
-        self._follow(batch, 1, [batch.width] * len(batch.rows), ended)
+        self._follow(batch, 1, ended)
+
+    def move(self, batch: Rows, token: int) -> int:
+        """Continue with pass `token` of a new batch of rows that had others before. Returns the columns of the cache
+        that its longest row has."""
+        self._follow(batch, token, ended=())
+        return self._of(batch).known.longest
+
+    def seat(self, batch: Rows, token: int) -> None:
+        """Continue with pass `token` of a batch that has other rows, or whose prompts were not all computed before.
+
+        A row whose prompt is not computed yet stays in a column that no token uses.
+        """
+        self._passes.pop(batch, None)
+        self._follow(batch, token, ended=())
 
     def accepted(
         self, batch: Rows, token: int, drawn: Sequence[Sequence[int]]
@@ -170,10 +210,13 @@ class Guesses:
         chosen at each of its positions."""
         now = self._of(batch).of(token)
         got: list[list[int]] = []
-        for ids, chosen, guessed in zip(now.ids.tolist(), drawn, now.guessed, strict=True):
-            kept, asked = 0, min(guessed, now.span.new - 1)
+        for row, ids, chosen, guessed in zip(batch.rows, now.ids.tolist(), drawn, now.guessed, strict=True):
+            kept, asked, right = 0, min(guessed, now.span.new - 1), self._right[row]
             while kept < asked and ids[kept + 1] == chosen[kept]:
                 kept += 1
+                right.add(True)
+            if kept < guessed:  # also if the pass has not computed them
+                right.add(ids[kept + 1] == chosen[kept])
             got.append(list(chosen[: kept + 1]))
             self.made += asked
         return now.first, got
@@ -181,34 +224,40 @@ class Guesses:
     def advance(self, batch: Rows, token: int, ids: Sequence[Sequence[int]], ended: Collection[int]) -> None:
         """Accept the new ids of each row in pass `token`, none for a row that ended before, and make the next
         guesses."""
-        now = self._of(batch).of(token)
         for row, some in zip(batch.rows, ids, strict=True):
             for id in some:
                 self._add(row, id)
             self.kept += max(len(some) - 1, 0)
-        lengths = [n + len(some) for n, some in zip(now.lengths.tolist(), ids, strict=True)]
-        self._follow(batch, token + 1, lengths, ended)
+        self._follow(batch, token + 1, ended)
+
+    def new(self, row: int) -> int:
+        """The number of new tokens of a row so far."""
+        return self._lengths[row] - self._counts[row]
 
     def _add(self, row: int, id: int) -> None:
         self._ids[row][self._lengths[row]] = id
         self._lengths[row] += 1
 
-    def _follow(self, batch: Rows, token: int, lengths: Sequence[int], ended: Collection[int]) -> None:
-        """Fill the pass `token` of a batch whose rows have these lengths."""
+    def _follow(self, batch: Rows, token: int, ended: Collection[int]) -> None:
+        """Fill the pass `token` of a batch."""
         passes = self._of(batch)
-        following = passes.of(token)
+        following, expected = passes.of(token), 0.0
         for n, row in enumerate(batch.rows):
-            so_far = self._ids[row][: self._lengths[row]]
-            new = len(so_far) - self._counts[row]
+            so_far, new = self._ids[row][: self._lengths[row]], self.new(row)
             # The last token of a row needs no guess after it.
-            most = 0 if row in ended else min(self.guess, self.tokens - new - 1)
+            most = 0 if row in ended else max(min(self.guess, self.tokens - new - 1), 0)
             guesses = list(self._propose(so_far, most))[:most] if most else []
             following.guessed[n], following.first[n] = len(guesses), new
             padded = [int(so_far[-1]), *guesses, *[int(so_far[-1])] * (self.guess - len(guesses))]
             following.ids[n] = torch.tensor(padded)
+            expected += self._right[row].expected(len(guesses))
         following.newest.copy_(following.ids[:, :1])
+        # The newest id of a row is not in the cache yet. All prompts of a batch end in the same column.
+        unused = batch.width + self.tokens - 1
+        lengths = [batch.width + new - 1 if new else unused for new in following.first]
         following.lengths.copy_(torch.tensor(lengths))
-        passes.known = _Known(token, max(lengths), any(following.guessed))
+        live = sum(row not in ended for row in batch.rows)
+        passes.known = _Known(token, max(lengths), expected > 0 and expected >= _WORTH * live)
 
 
 def by_token(first: Sequence[int], new: int) -> dict[int, list[tuple[int, int]]]:

@@ -16,10 +16,11 @@ from functools import partial
 from torch import Tensor
 
 from flexgen.kernels.attention import decode_attention
-from flexgen.kernels.new_tokens import store_token
+from flexgen.kernels.new_tokens import store_tokens
 from flexgen.kernels.partial import merge
-from flexgen.kernels.scoring import Scoring
+from flexgen.kernels.scoring import Length, Scoring
 from flexgen.layout.cache import CacheSegment, Span, leaves_device
+from flexgen.layout.cache_pool import CachePool
 from flexgen.layout.moves import Move, Routes
 from flexgen.layout.passes import Passes
 from flexgen.layout.plan import SLOTS
@@ -59,7 +60,7 @@ class KVCache:
     """Keys and values of layers. layers: the segments of each batch, by number of the layer. heads: the number of
     query heads of each layer.
 
-    passes: those of the largest block.
+    passes: those of the largest block. pool: the pages that the batches share; None if each has all of its own.
     """
 
     @whole_or_closed
@@ -70,6 +71,7 @@ class KVCache:
         passes: Passes,
         machine: Machine,
         slots: int = SLOTS,
+        pool: CachePool | None = None,
     ) -> None:
         self._device = machine.device
         self._jobs = CacheJobs(machine)
@@ -77,7 +79,7 @@ class KVCache:
         self._values = ValueReader(machine.io)
         self._taken.also(self._values.close)
         self._joined: dict[Tier, Stretch] = {}  # tokens of rings, while a cell of several tokens is computed
-        self._storage = CacheStorage(layers, heads, passes, machine, slots)
+        self._storage = CacheStorage(layers, heads, passes, machine, slots, pool)
         self._taken.also(self._storage.close)
         self.host = HostAttention(layers, heads, passes, machine, slots)
         self._taken.also(self.host.close)
@@ -129,6 +131,11 @@ class KVCache:
     def regroup(self, batches: Sequence[Moved], split: Split) -> None:
         """Continue with these batches (see `CacheStorage.regroup`)."""
         self._storage.regroup(batches, split)
+        self.host.regroup(self._storage.segments())
+
+    def divide(self, cells: Sequence[tuple[int, range]]) -> None:
+        """Continue with cells that compute these rows of these batches."""
+        self._storage.divide(cells)
         self.host.regroup(self._storage.segments())
 
     def reset(self) -> None:
@@ -239,14 +246,23 @@ class KVCache:
         put_at(part.pages, at.index, *heads.encode_both(k, v))
         return attend_fixed(part.pages, at, heads, q, scoring)
 
-    def attend_in_place(self, cell: BoundCell, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
-        """`attend` in a decode step, in a form that a tape can record (`kernels.tape`), for cells that
-        `records`."""
+    def attend_in_place(
+        self,
+        cell: BoundCell,
+        lengths: tuple[Length, Length],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scoring: Scoring,
+    ) -> Tensor:
+        """`attend` in a decode step, in a form that a tape can record (`kernels.tape`), for cells that `records`.
+
+        lengths: the tokens of the rows before and after the step."""
         (part,) = self._storage.parts(cell)
-        heads, length = part.segment.heads, cell.span.length
-        store_token(part.pages, length, *heads.encode_both(k, v))
+        heads, (before, after) = part.segment.heads, lengths
+        store_tokens(part.pages, before, *heads.encode_both(k, v))
         starts = cell.padding.of(part.segment.rows, q.device)
-        return decode_attention(q, part.pages, length + 1, starts, scoring, heads)
+        return decode_attention(q, part.pages, after, starts, scoring, heads)
 
     def records(self, layer: int, batch: int) -> bool:
         """Whether the pages of all rows stay in place in the memory of the CPU, and have all tokens."""
@@ -310,8 +326,8 @@ class KVCache:
             if not span.length or buffers.device is None or joins:
                 return ()
             pages = buffers.pages(buffers.device, segment)
-            if lengths is None:
-                put(pages, span.length, k, v)
+            if isinstance(lengths, int):
+                put(pages, lengths, k, v)
             else:
                 put_by_row(pages, lengths, k, v)
             return pages

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from flexgen.policy import Tier
-from flexgen.results.report import timed_lanes
+from flexgen.results.bounds import timed_lanes
 from flexgen.results.trace import LaneName, Phase
 from flexgen.runtime.call import Call
 from flexgen.runtime.choice import Sampled

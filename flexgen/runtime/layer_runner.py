@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -27,11 +28,20 @@ from flexgen.schedule.steps import Grid
 
 @dataclass(frozen=True)
 class _Positions:
-    """The positions of a batch in one pass and their RoPE factors, which all layers share."""
+    """The positions of a batch in one pass and their RoPE factors, which all layers share. They are computed when
+    they are first used, because tapes have their own factors."""
 
-    positions: Tensor
-    text_length: Tensor | None
+    _prompts: Prompts
+    _cell: BoundCell
     _factors: dict[tuple[RopeSpec, torch.dtype], Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        return self._prompts.positions(self._cell)
+
+    @cached_property
+    def text_length(self) -> Tensor | None:
+        return self._prompts.text_length(self._cell)
 
     def rope_factors(self, rope: RopeSpec, dtype: torch.dtype) -> Tensor:
         key = rope, dtype
@@ -128,9 +138,10 @@ class LayerRunner:
         """Compute the cells of consecutive layers (`RecordedCells.joins`) in one call. `cell` is the first one."""
         replays = self._buffers.replays
         assert isinstance(replays, RecordedCells)
-        y, ends = replays.replay(cell, layers, self._context(cell), self._input(cell))
+        x = self._input(cell)
+        y, ends = replays.replay(cell, layers, self._context(cell), x)
         self._ends[cell.number, cell.layer] = ends
-        self._keep(cell, y)
+        self._keep(replace(cell, layer=layers[-1]), y)
 
     def ends(self, number: int, layer: int) -> list[float]:
         """The seconds from the beginning of `compute_joined` to the end of each layer. Can be read once."""
@@ -174,9 +185,7 @@ class LayerRunner:
     def _input(self, cell: BoundCell) -> Tensor:
         if cell.layer:
             return self._buffers.activations.take(cell)
-        self._positions[cell.batch] = _Positions(
-            self._prompts.positions(cell), self._prompts.text_length(cell)
-        )
+        self._positions[cell.batch] = _Positions(self._prompts, cell)
         return self._prompts.fed(cell.batch) if self.feeds(cell) else self._prompts.take(cell)
 
     def _weights(self, cell: BoundCell) -> Weights:

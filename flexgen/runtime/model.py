@@ -37,7 +37,7 @@ class Model:
     @property
     def feeds_ids(self) -> bool:
         """Whether new ids feed the next token on the device, if the order allows it. Guesses are made on the host."""
-        return not self.policy.guess and self.machine.device.topology.keeps_ids(
+        return not self.policy.lengths_differ and self.machine.device.topology.keeps_ids(
             table_is_gathered=self.table is not None
         )
 

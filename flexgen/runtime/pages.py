@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flexgen.kernels.attention import attend_fused, decode_attention, decode_part, join
 from flexgen.kernels.heads import HeadFormat
-from flexgen.kernels.new_tokens import store_token
+from flexgen.kernels.new_tokens import store_tokens
 from flexgen.kernels.partial import Partial
 from flexgen.kernels.scoring import Scoring
 from flexgen.kernels.sparse_attention import Choice, attend_chosen, choose
@@ -40,7 +40,7 @@ def put(pages: Sequence[Page], position: int, k: Tensor, v: Tensor) -> None:
     page_tokens, tokens = pages[0][0].shape[2], k.shape[2]
     if tokens == 1 and not k.is_cuda:
         number, place = divmod(position, page_tokens)
-        store_token([pages[number % len(pages)]], place, k, v)
+        store_tokens([pages[number % len(pages)]], place, k, v)
         return
     first = (position + tokens - 1) // page_tokens - len(pages) + 1
     done = max(first * page_tokens - position, 0)
@@ -49,7 +49,7 @@ def put(pages: Sequence[Page], position: int, k: Tensor, v: Tensor) -> None:
         page = number % len(pages)
         count = min(page_tokens - begin, tokens - done)
         sources = (k, v) if count == tokens else [x.narrow(2, done, count) for x in (k, v)]
-        if k.is_cuda:
+        if k.is_cuda and _adjacent(pages[page]):
             torch.cat(sources, out=_whole(pages[page]).narrow(2, begin, count))  # one launch
         else:
             for target, source in zip(pages[page], sources, strict=True):
@@ -85,9 +85,18 @@ def put_at(pages: Sequence[Page], index: Tensor, k: Tensor, v: Tensor) -> None:
 def put_by_row(pages: Sequence[Page], lengths: Tensor, k: Tensor, v: Tensor) -> None:
     """`put` for rows with different numbers of cached tokens, `lengths` (rows,) int64 in host memory. The pages have
     all tokens."""
+    if k.device.type == "cpu":
+        store_tokens(pages, lengths, k, v)
+        return
     positions = lengths.to(k.device)[:, None] + torch.arange(k.shape[2], device=k.device)
     page_tokens = pages[0][0].shape[2]
     put_at(pages, torch.stack((positions // page_tokens, positions % page_tokens)), k, v)
+
+
+def _adjacent(page: Page) -> bool:
+    """Whether the page has all rows of the memory in which it is stored, so that its values follow its keys."""
+    k, v = page
+    return bool(v.storage_offset() - k.storage_offset() == k.numel())
 
 
 def _whole(page: Page) -> Tensor:
@@ -205,19 +214,13 @@ def attend_part(
 def attend_by_row(
     pages: Sequence[Page], cell: BoundCell, segment: CacheSegment, q: Tensor, scoring: Scoring
 ) -> AttentionOutput:
-    """`attend` for rows with different numbers of cached tokens: for a new token of each row after another, as for
-    one. q and the result are (rows, heads, new, head_dim). The pages have all tokens."""
+    """`attend` for rows with different numbers of cached tokens. The pages have all tokens, and q and the result
+    (rows, heads, new, head_dim) the new ones."""
     lengths = cell.lengths(segment.rows)
-    assert lengths is not None
-    lengths, starts = lengths.to(q.device), cell.padding.of(segment.rows, q.device)
-    form, new = segment.heads, range(1, q.shape[2] + 1)
-    queries = zip(new, q.split(1, dim=2), strict=True)
-    if cell.prefix is None:
-        outs = [decode_attention(one, pages, lengths + n, starts, scoring, form) for n, one in queries]
-        return torch.cat(outs, dim=2)
-    parts = [decode_part(one, pages, lengths + n, starts, scoring, form) for n, one in queries]
-    values, lse = (torch.cat(some, dim=2) for some in zip(*parts, strict=True))
-    return Partial(values, lse)
+    assert isinstance(lengths, Tensor)
+    lengths = lengths.to(q.device) + q.shape[2]
+    kernel = decode_attention if cell.prefix is None else decode_part
+    return kernel(q, pages, lengths, cell.padding.of(segment.rows, q.device), scoring, segment.heads)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -26,6 +26,22 @@ class Part:
         """The rows of the part, from an x with all rows of the batch."""
         rows = self.segment.rows
         return x if len(rows) == x.shape[0] else x[rows.start : rows.stop]
+
+    def only(self, rows: range) -> Part | None:
+        """The part for some rows of the batch, numbered from 0, in the same memory; None if it has none of them.
+
+        Not for the disk tier, where a page of all rows is written at once.
+        """
+        own = self.segment.rows
+        here = range(max(own.start, rows.start), min(own.stop, rows.stop))
+        if len(here) == len(own):
+            some = slice(None)
+        elif here:
+            some = slice(here.start - own.start, here.stop - own.start)
+        else:
+            return None
+        segment = replace(self.segment, rows=range(here.start - rows.start, here.stop - rows.start))
+        return replace(self, segment=segment, pages=tuple((k[some], v[some]) for k, v in self.pages))
 
 
 class Slot:

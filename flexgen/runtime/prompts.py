@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
-from itertools import accumulate, chain, groupby, pairwise
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import accumulate, chain, pairwise
 
 import numpy as np
 import torch
@@ -19,87 +19,13 @@ from flexgen.memory.machine import Machine
 from flexgen.memory.taken import Taken, whole_or_closed
 from flexgen.memory.transfer import Chains, bind
 from flexgen.results.report import Stage
-from flexgen.runtime.cell import BoundCell, Padding
+from flexgen.runtime.batches import Batch, CellRows
+from flexgen.runtime.cell import BoundCell
 from flexgen.runtime.compaction import Moved
 from flexgen.runtime.guesses import Guesses
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """The rows of one GPU batch, and their places in its columns.
-
-    `rows`: the numbers of the rows. `began`: the pass that computes new token 0 of each row; equal ones are adjacent.
-    `lengths`: of their prompts. All rows end in the same column, so rows that are shorter are padded on the left.
-    `ids`: by token, the ids (rows, new) of the prompts in host memory, in the memory for prompts number `room`. A
-    batch of rows that have moved together has none.
-    """
-
-    rows: tuple[int, ...]
-    began: tuple[int, ...]
-    lengths: tuple[int, ...]
-    device: torch.device
-    ids: Mapping[int, Tensor] = field(default_factory=dict, repr=False)
-    room: int | None = None
-
-    @cached_property
-    def first(self) -> int:
-        """The pass that computed new token 0 of the rows that have the most."""
-        return min(self.began)
-
-    @cached_property
-    def runs(self) -> list[tuple[slice, int]]:
-        """The rows that have equally many new tokens, with the number of tokens that they are behind the others."""
-        counts = [(began, len(list(some))) for began, some in groupby(self.began)]
-        ends = pairwise(accumulate((count for _, count in counts), initial=0))
-        return [(slice(*some), began - self.first) for some, (began, _) in zip(ends, counts, strict=True)]
-
-    @cached_property
-    def width(self) -> int:
-        """The columns before new token 0 of the rows that have the most."""
-        return max(self._widths)
-
-    @cached_property
-    def _widths(self) -> list[int]:
-        return [n - (began - self.first) for n, began in zip(self.lengths, self.began, strict=True)]
-
-    @cached_property
-    def padding(self) -> Padding:
-        starts = tuple(self.width - width for width in self._widths)
-        there = torch.tensor(starts, dtype=torch.int64)
-        return Padding(starts, there.to(self.device), there)
-
-
-class _PromptIds:
-    """The ids of prompts, and host memory (`rooms`) for those of the batches that are computed next."""
-
-    def __init__(
-        self,
-        prompts: Sequence[np.ndarray],
-        passes: Passes,
-        pad_id: int,
-        rooms: Sequence[Tensor],
-        device: torch.device,
-    ) -> None:
-        self._prompts = prompts
-        self._passes = passes
-        self.pad_id = pad_id
-        self.rooms = rooms
-        self._device = device
-
-    def batch(self, rows: Sequence[int], room: int, began: int) -> Batch:
-        """A batch of prompts that are computed next, with padded ids in memory number `room`."""
-        lengths = tuple(len(self._prompts[row]) for row in rows)
-        width = max(lengths)
-        ids = torch.full((len(rows), width), self.pad_id)
-        for row, n in zip(ids, rows, strict=True):
-            row[width - len(self._prompts[n]) :] = torch.from_numpy(self._prompts[n])
-        parts, into = {}, self.rooms[room]
-        for token in range(self._passes.first, 1):
-            span = self._passes.span(token, width)
-            begin, new = span.length - self._passes.cached, span.new
-            part = into[len(rows) * begin : len(rows) * (begin + new)].view(len(rows), new)
-            parts[token] = part.copy_(ids[:, begin : begin + new])
-        return Batch(tuple(rows), (began,) * len(rows), lengths, self._device, parts, room)
+from flexgen.runtime.prompt_ids import PromptIds
+from flexgen.runtime.seating import Seating
+from flexgen.schedule.admission import between, entry_cells, reseated
 
 
 class Prompts:
@@ -114,8 +40,12 @@ class Prompts:
     Pass 0 computes the first new token of the prompts that have begun together. Prompts that enter later use the
     numbers of the other rows' passes.
 
-    `guesses`: None if the decode makes none. With guesses, a pass may have several new tokens of a row, and rows do
-    not move to other batches.
+    `guesses`: None if the decode makes none. With guesses, a pass may have several new tokens of a row, so the rows
+    of a batch have different numbers of them. Their prompts end in the same column, in each batch that they are in.
+    `seating`: decides which rows have places in the block. None if the cache has pages for all of their tokens.
+
+    With `passes.rows`, prompts enter in the places of single rows, in cells of their own: at most that number in a
+    pass. Each row has its own number of cached tokens, which `guesses` keeps. `seat` replaces `regroup`.
     """
 
     @whole_or_closed
@@ -130,20 +60,27 @@ class Prompts:
     ) -> None:
         self._taken = Taken()
         self.device = machine.device
-        self.lengths = [len(prompt) for prompt in prompts]
         self._passes = replace(passes, guess=0)  # those of the decode depend on `guesses`
         seated = sum(batches)
         groups = [list(range(a, b)) for a, b in pairwise(accumulate(batches, initial=0))]
         later = range(seated, len(prompts))
-        self.waiting = [list(later[n : n + batches[0]]) for n in range(0, len(later), batches[0])]
-        later_sizes = [self._positions(rows) for rows in self.waiting]
-        sizes = [self._positions(rows) for rows in groups]
-        sizes = [max([size, *later_sizes]) for size in sizes]
+        together = 1 if passes.rows else batches[0]
+        self.waiting = [list(later[n : n + together]) for n in range(0, len(later), together)]
+
+        def positions(rows: Sequence[int]) -> int:
+            return len(rows) * max(len(prompts[row]) for row in rows)
+
+        again = max(batches) * passes.longest  # any batch may be one of rows that were put back
+        sizes = [max(again, *map(positions, (rows, *self.waiting))) for rows in groups]
+        if passes.rows:
+            sizes = [len(rows) * passes.width for rows in groups]
         buffer = self._taken.buffer(machine.host, (sum(sizes) + seated) * torch.int64.itemsize, "prompts")
         *rooms, self.newest = buffer.view(torch.int64).split([*sizes, seated])
         self.newest.zero_()
-        self._ids = _PromptIds(prompts, passes, pad_id, rooms, self.device.torch_device)
-        self._batches = [self._ids.batch(rows, k, 0) for k, rows in enumerate(groups)]
+        self._ids = PromptIds(prompts, passes, pad_id, rooms, self.device.torch_device)
+        made = self._ids.places if passes.rows else partial(self._ids.batch, began=0)
+        self._batches = [made(rows, k) for k, rows in enumerate(groups)]
+        self._cells = [CellRows(k, range(len(batch.rows)), batch) for k, batch in enumerate(self._batches)]
         self._slots = [
             torch.zeros(
                 max([*sizes, max(batches) * passes.decoded]),
@@ -153,8 +90,13 @@ class Prompts:
             for _ in range(0 if self.device.shares_host_memory else slots)
         ]
         self.made: dict[int, Tensor] = {}
-        self._entered = False
         self.guesses: Guesses | None = None
+        self.seating: Seating | None = None
+
+    @property
+    def lengths(self) -> list[int]:
+        """The number of tokens of each prompt."""
+        return self._ids.lengths
 
     def _positions(self, rows: Sequence[int]) -> int:
         """The positions of the prompts of a batch, including padding."""
@@ -177,7 +119,8 @@ class Prompts:
     @property
     def stage(self) -> Stage:
         """The stage of the block with the present batches."""
-        if not self._entered:
+        seats = len(self.newest)
+        if len(self.lengths) == seats or (self.waiting and self.waiting[0][0] <= seats):
             return Stage.FILL
         return Stage.STEADY if self.waiting else Stage.DRAIN
 
@@ -186,9 +129,19 @@ class Prompts:
         """The rows in each batch."""
         return [list(batch.rows) for batch in self._batches]
 
-    def batch(self, number: int) -> Batch:
-        """A batch of the block."""
-        return self._batches[number]
+    @property
+    def by_place(self) -> bool:
+        """Whether prompts enter in the places of single rows."""
+        return self._passes.rows > 0
+
+    @property
+    def cells(self) -> list[tuple[int, range]]:
+        """The batch of each cell of a layer, and the places in it whose rows the cell computes."""
+        return [(k, places) for k, places, _ in self._cells]
+
+    def batch(self, cell: int) -> Batch:
+        """The batch, or the part of one, that a cell of a layer computes."""
+        return self._cells[cell].batch
 
     @property
     def first(self) -> int:
@@ -197,14 +150,16 @@ class Prompts:
 
     def cell(self, number: int, layer: int, batch: int, slot: int) -> BoundCell:
         """A cell of pass `number`, with its tokens: first the prompts or their parts, then one token per pass."""
-        token, padding = number - self._batches[batch].first, self._batches[batch].padding
+        own = self.batch(batch)
+        token, padding = number - own.first, own.padding
         if self.guesses is None or token < 1:
-            return BoundCell(token, layer, batch, slot, self._span(number, batch), padding, number)
-        new = self.guesses.bind(self._batches[batch], token)
+            span = self._span(number, own)
+            return BoundCell(token, layer, batch, slot, span, padding, number, column=own.column)
+        new = self.guesses.bind(own, token)
         return BoundCell(token, layer, batch, slot, new.span, padding, number, guesses=new)
 
-    def _span(self, number: int, batch: int) -> Span:
-        return self._passes.span(number - self._batches[batch].first, self._batches[batch].width)
+    def _span(self, number: int, batch: Batch) -> Span:
+        return self._passes.span(number - batch.first, batch.width)
 
     @property
     def shared(self) -> int:
@@ -212,13 +167,57 @@ class Prompts:
         return self._passes.shared
 
     def passes_left(self, number: int, tokens: int) -> int:
-        """The number of passes from `number` on until some row has all of its `tokens` new tokens."""
-        return tokens - number + min(batch.first for batch in self._batches)
+        """The number of passes from `number` on until some row has all of its `tokens` new tokens.
+
+        By place, the number until all rows have, or 1 if prompts enter in the pass.
+        """
+        if self.by_place:
+            new, rows = self._new, [row for cell in self._cells for row in cell.batch.rows]
+            return 1 if self._enters else tokens - min(new[row] for row in rows)
+        return tokens - number + min(min(batch.origins) for batch in self._batches)
 
     @property
     def newest_begins(self) -> int:
         """The pass that computes the first new token of the prompts that have entered last."""
-        return max(batch.first for batch in self._batches)
+        return max(cell.batch.first for cell in self._cells)
+
+    @property
+    def _enters(self) -> bool:
+        """Whether some cells compute a part of a batch, whose prompts enter."""
+        return any(cell.batch.room is None for cell in self._cells)
+
+    @property
+    def _new(self) -> list[int]:
+        """The number of new tokens of each row so far."""
+        assert self.guesses is not None
+        return [self.guesses.new(row) for row in range(len(self.lengths))]
+
+    def reseated(self, ended: Sequence[bool]) -> list[list[int]] | None:
+        """The row in each place of each batch for the next pass, [] if no row is left, and None if the cells stay the
+        same. ended: whether a row has ended."""
+        waiting = [row for rows in self.waiting for row in rows]
+        seated = reseated(self.batches, ended, self._new, waiting, self._passes.rows)
+        if not any(seated):
+            return []
+        here = {cell.number for cell in self._cells}
+        same = all(not rows if k not in here else rows == self.batches[k] for k, rows in enumerate(seated))
+        return None if same and not self._enters else seated
+
+    def seat(self, batches: Sequence[Sequence[int]], number: int) -> None:
+        """Continue from pass `number` with these rows in the places of each batch, [] for a batch that has ended."""
+        assert self.guesses is not None
+        passes, new, here = self._passes, self._new, list[CellRows]()
+        for k, rows in enumerate(batches):
+            if rows and tuple(rows) != self._batches[k].rows:
+                self._batches[k] = self._ids.places(rows, k)
+            if any(new[row] for row in rows):
+                here.append(CellRows(k, range(len(rows)), self._batches[k]))
+                self.guesses.seat(self._batches[k], number)
+        seated = {row for rows in batches for row in rows}
+        self.waiting = [rows for rows in self.waiting if rows[0] not in seated]
+        cells = entry_cells(batches, new, passes.rows, passes.rows_of_cell)
+        parts = [CellRows(k, places, self._ids.part(self._batches[k], places, number)) for k, places in cells]
+        self._cells = between(here, parts)
 
     def entering(self, number: int) -> list[int]:
         """The batches whose prompts are not computed yet before pass `number`."""
@@ -232,10 +231,22 @@ class Prompts:
         return self._passes.first_of(max(self.lengths[row] for rows in batches for row in rows))
 
     def began(self) -> dict[int, int]:
-        """The pass that computes new token 0 of each row in the block."""
+        """The pass that computes the first new token of each row in the block after it has entered."""
         return {
             row: began for batch in self._batches for row, began in zip(batch.rows, batch.began, strict=True)
         }
+
+    def origins(self) -> dict[int, int]:
+        """See `Batch.origins`, for each row in the block."""
+        return {row: at for batch in self._batches for row, at in zip(batch.rows, batch.origins, strict=True)}
+
+    def put_back(self, rows: Sequence[int], number: int, ids: Tensor) -> None:
+        """Let rows of the block wait again after pass `number`. They enter first, with their new `ids` (rows, tokens)
+        so far as a part of their prompts."""
+        began = self.began()
+        for row in rows:
+            self._ids.extend(row, ids[row].numpy(), max(number + 1 - began[row], 0))
+        self.waiting.insert(0, sorted(rows, key=self._ids.kept.__getitem__))
 
     def regroup(self, batches: Sequence[Sequence[int]], number: int) -> list[Moved]:
         """Continue from pass `number` with only these rows in the block.
@@ -246,39 +257,43 @@ class Prompts:
         old = self._batches
         places = {row: (k, n) for k, batch in enumerate(old) for n, row in enumerate(batch.rows)}
         order = {row: n for n, row in enumerate(chain.from_iterable(batch.rows for batch in old))}
-        lengths = tuple(self._span(number, k).length for k in range(len(old)))
+        columns = tuple(self._span(number, batch).length for batch in old)
         before = {batch.rows: k for k, batch in enumerate(old)}
-        began = self.began()
+        began, origins = self.began(), self.origins()
         made: list[Batch] = []
         used = {old[before[tuple(rows)]].room for rows in batches if tuple(rows) in before}
         rooms = [room for room in range(self.places) if room not in used]
         for rows in batches:
             if rows[0] not in began:
                 self.waiting.remove(list(rows))
-                self._entered = True
                 first = self._passes.first_of(max(self.lengths[row] for row in rows))
                 made.append(self._ids.batch(rows, rooms.pop(0), max(number - first, 0)))
             elif tuple(rows) in before:
                 made.append(old[before[tuple(rows)]])
             else:
-                by_age = tuple(sorted(rows, key=began.__getitem__))
-                own = tuple(began[row] for row in by_age), tuple(self.lengths[row] for row in by_age)
-                made.append(Batch(by_age, *own, self.device.torch_device))
+                by_age = tuple(sorted(rows, key=origins.__getitem__))
+                starts = [began[row] for row in by_age]
+                if self.guesses is not None:  # each row has its own number of new tokens
+                    starts = starts[-1:] * len(starts)
+                own = tuple(starts), tuple(self.lengths[row] for row in by_age)
+                kept = tuple(self._ids.kept[row] for row in by_age)
+                made.append(Batch(by_age, *own, self.device.torch_device, kept=kept))
         self._batches = made
+        self._cells = [CellRows(k, range(len(batch.rows)), batch) for k, batch in enumerate(made)]
         # A prompt that enters has no newest id yet, so any id will do.
         newest = [order.get(row, 0) for row in chain.from_iterable(batch.rows for batch in made)]
         self.newest[: len(newest)] = self.newest[newest]
-        return [
-            Moved((), lengths, 0, None, len(batch.rows))
-            if batch.rows[0] not in began
-            else Moved(
-                tuple(places[row] for row in batch.rows),
-                lengths,
-                self._span(number, k).length,
-                before.get(batch.rows),
-            )
-            for k, batch in enumerate(made)
-        ]
+        moves: list[Moved] = []
+        for batch in made:
+            if batch.rows[0] not in began:
+                moves.append(Moved.entering(len(batch.rows), columns))
+                continue
+            whole, length, previous = before.get(batch.rows), self._span(number, batch).length, columns
+            if self.guesses is not None and whole is None:
+                length = self.guesses.move(batch, number - batch.first)
+                previous = tuple(length + other.width - batch.width for other in old)
+            moves.append(Moved(tuple(places[row] for row in batch.rows), previous, length, whole))
+        return moves
 
     def close(self) -> None:
         self._taken.close()
@@ -289,11 +304,11 @@ class Prompts:
             return cell.guesses.computed
         if cell.token > 0:
             return self.newest[self.rows(cell.batch)].unsqueeze(1)
-        return self._batches[cell.batch].ids[cell.token]
+        return self.batch(cell.batch).ids[cell.token]
 
     def load(self, cell: BoundCell) -> Chains:
         """The work that loads the ids of the cell to the compute device."""
-        source, rows = self.source(cell), len(self._batches[cell.batch].rows)
+        source, rows = self.source(cell), len(self.batch(cell.batch).rows)
         routes = IdLayout(rows, self.device.topology).load(cell.span.new)
         if not routes:
             return ()
@@ -315,10 +330,11 @@ class Prompts:
         """
         return self.made[batch].clamp_min(0).unsqueeze(1)
 
-    def rows(self, batch: int) -> slice:
-        """The rows of `batch` in `newest`."""
-        begin = sum(len(before.rows) for before in self._batches[:batch])
-        return slice(begin, begin + len(self._batches[batch].rows))
+    def rows(self, cell: int) -> slice:
+        """The rows that a cell of a layer computes, in `newest`."""
+        number, places, _ = self._cells[cell]
+        begin = sum(len(before.rows) for before in self._batches[:number])
+        return slice(begin + places.start, begin + places.stop)
 
     def positions(self, cell: BoundCell) -> Tensor:
         """(rows, new) on the compute device, counted from the row's first token, which may be in a shared prefix.
@@ -329,7 +345,7 @@ class Prompts:
         else:  # a guess after the last token has its position: the model may have no other
             assert self.guesses is not None
             columns = cell.guesses.lengths.to(device)[:, None] + torch.arange(span.new, device=device)
-            columns.clamp_(max=self._batches[cell.batch].width + self.guesses.tokens - 1)
+            columns.clamp_(max=self.batch(cell.batch).width + self.guesses.tokens - 1)
         positions = (columns - cell.padding.on_device[:, None]).clamp_(min=0)
         return positions.add_(self._passes.shared) if self._passes.shared else positions
 
@@ -337,5 +353,5 @@ class Prompts:
         """See `Context`. It is the length of the prompt if the cell computes a part of the prompt."""
         if cell.token > 0 or self.first == 0:
             return None
-        length = self._passes.shared + self._passes.cached + self._batches[cell.batch].width
+        length = self._passes.shared + self._passes.cached + self.batch(cell.batch).width
         return torch.full((), length, device=self.device.torch_device)

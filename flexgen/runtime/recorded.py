@@ -1,8 +1,9 @@
-"""Decode cells on a CPU as tapes: the kernels of a layer are recorded for one token and repeated for later ones.
+"""Decode cells on a CPU as tapes: the kernels of a layer are recorded for one pass and repeated for later ones.
 
-All layers share the data of the token. The rotary factors have buffers, because a tape reads the same addresses for
-each token. The hidden states between two layers stay where the tape of the first layer writes them. So if no data
-moves between consecutive cells, one call replays all of them.
+All layers share the data of the pass. The rotary factors have buffers, because a tape reads the same addresses for
+each pass, and so have the lengths of rows, which differ with guesses. A pass with guesses has other tapes than one
+without. The hidden states between two layers stay where the tape of the first layer writes them. So if no data
+moves between consecutive cells, one call replays all of them, up to the logits.
 """
 
 from __future__ import annotations
@@ -14,58 +15,93 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from flexgen.kernels.rotation import token_factors
 from flexgen.kernels.scoring import Scoring
 from flexgen.kernels.tape import Tape, record, replay
+from flexgen.layout.tapes import MIN_TOKENS, MOST_BYTES
 from flexgen.models import Layer, Weights
 from flexgen.models.embed import Head
 from flexgen.models.layer import AttentionLayer, Chunk, Context, TransformerLayer
+from flexgen.models.ops import rope_tables
 from flexgen.models.spec import RopeSpec
 from flexgen.runtime.cell import BoundCell
 from flexgen.runtime.kvcache import KVCache
-from flexgen.units import MIB
 
-MIN_TOKENS = 3
-"""A run of more than this number of tokens is recorded: to record a cell takes longer than to compute it."""
-MOST_BYTES = 4 * MIB
-"""Bytes of temporaries that the tapes of a block keep. Further cells are computed without tapes: with many rows, the
-code between the kernels takes a small part of the time."""
+TOKENS_AHEAD = 64
+"""The tokens of all rows whose rotary factors are computed at once: it takes a dozen operations of torch."""
 
 
 @dataclass
-class _Token:
-    """The data of a batch in one pass at fixed addresses: the rotary factors of its `positions`, and the result of
-    the layer that was recorded last."""
+class _Factors:
+    """The rotary factors of one pass at a fixed address (`present`). Without guesses, from those of a few tokens
+    (`ahead`), the first of which has `begin` cached tokens.
 
-    factors: dict[tuple[RopeSpec, torch.dtype], Tensor] = field(default_factory=dict)
-    positions: Tensor | None = None
-    y: Tensor | None = None
+    positions (rows, 1): those of the token with `length` cached tokens.
+    """
 
-    def fill(self, context: Context) -> None:
-        """Fill the buffers for the positions of the cell, unless another layer has already done it."""
-        if context.positions is self.positions:
+    rope: RopeSpec
+    positions: Tensor
+    length: int
+    present: Tensor
+    ahead: Tensor | None = None
+    begin: int = 0
+
+    def fill(self, cell: BoundCell, context: Context) -> None:
+        """Fill `present` for the pass of the cell."""
+        # These kinds depend on the length of the text. With guesses, rows have different positions.
+        if cell.guesses is not None or self.rope.kind in ("dynamic", "longrope"):
+            self.present.copy_(context.rope_factors(self.rope, self.present.dtype))
             return
-        for (rope, dtype), factors in self.factors.items():
-            factors.copy_(context.rope_factors(rope, dtype))
-        self.positions = context.positions
+        length = cell.span.length
+        tokens = max(TOKENS_AHEAD // len(self.positions), 1)
+        if self.ahead is None or not self.begin <= length < self.begin + tokens:
+            positions = self.positions + torch.arange(length, length + tokens) - self.length
+            factors = token_factors(*rope_tables(self.rope, positions, self.present.dtype))
+            self.ahead, self.begin = factors.unflatten(0, positions.shape), length
+        self.present.copy_(self.ahead[:, length - self.begin])
+
+
+@dataclass
+class _Pass:
+    """The data of a batch in pass `number` at fixed addresses: its rotary factors, and the result of the layer that
+    was recorded last. `length`: the cached tokens of its rows. With guesses, also `lengths` (2, rows): the tokens of
+    each row before and after the pass."""
+
+    factors: dict[tuple[RopeSpec, torch.dtype], _Factors] = field(default_factory=dict)
+    number: int | None = None
+    length: int = 0
+    y: Tensor | None = None
+    lengths: Tensor | None = None
+
+    def fill(self, cell: BoundCell, context: Context) -> None:
+        """Fill the buffers for the cell, unless another layer has already done it."""
+        if cell.number == self.number:
+            return
+        for factors in self.factors.values():
+            factors.fill(cell, context)
+        if cell.guesses is not None:
+            before = cell.guesses.lengths
+            both = torch.stack((before, before + cell.span.new))
+            self.lengths = both if self.lengths is None else self.lengths.copy_(both)
+        self.number, self.length = cell.number, cell.span.length
 
     def add(self, rope: RopeSpec, dtype: torch.dtype, context: Context) -> None:
-        """Add a buffer, unless another layer has already added it."""
+        """Add a buffer for the present pass, unless another layer has already added it."""
         if (rope, dtype) not in self.factors:
-            self.factors[rope, dtype] = context.rope_factors(rope, dtype).clone()
+            present = context.rope_factors(rope, dtype).clone()
+            self.factors[rope, dtype] = _Factors(rope, context.positions, self.length, present)
 
 
 @dataclass(frozen=True)
 class _Recording:
-    """The `Context` of a layer that is recorded."""
+    """The `Context` of a layer that is recorded. `positions`: computed before, because it takes operations of
+    torch."""
 
     context: Context
+    positions: Tensor
     cache: KVCache
     cell: BoundCell
-    token: _Token
-
-    @property
-    def positions(self) -> Tensor:
-        return self.context.positions
+    data: _Pass
 
     @property
     def text_length(self) -> Tensor | None:
@@ -76,24 +112,28 @@ class _Recording:
         return self.context.last_only
 
     def rope_factors(self, rope: RopeSpec, dtype: torch.dtype) -> Tensor:
-        return self.token.factors[rope, dtype]
+        return self.data.factors[rope, dtype].present
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
-        return self.cache.attend_in_place(self.cell, q, k, v, scoring)
+        length, by_row = self.cell.span.length, self.data.lengths
+        lengths = (length, length + 1) if by_row is None else (by_row[0], by_row[1])
+        return self.cache.attend_in_place(self.cell, lengths, q, k, v, scoring)
 
     def keep_new(self, k: Tensor, v: Tensor) -> None:
-        raise AssertionError("a decode cell computes one token")
+        raise AssertionError("a decode cell computes a few tokens")
 
     def attend_chunk(self, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
-        raise AssertionError("a decode cell computes one token")
+        raise AssertionError("a decode cell computes a few tokens")
 
 
 @dataclass(frozen=True)
 class _Recorded:
-    """The tape of a cell, recorded with `length` cached tokens. It reads `x` and writes `y`."""
+    """The tape of a cell, recorded with `length` cached tokens. It reads `x` and writes `y`. by_row: whether it reads
+    the lengths of rows instead."""
 
     tape: Tape
     length: int
+    by_row: bool
     x: Tensor
     y: Tensor
 
@@ -118,8 +158,8 @@ class RecordedCells:
         """Drop all tapes, before other batches or prompts, and at the end of a call. No step may be in flight."""
         self._pays = False
         self._nbytes = 0
-        self._tokens: dict[int, _Token] = {}
-        self._recorded: dict[tuple[int, int], _Recorded | None] = {}  # None: it cannot be recorded
+        self._passes: dict[tuple[int, int], _Pass] = {}  # by batch and number of new tokens
+        self._recorded: dict[tuple[int, int, int], _Recorded | None] = {}  # None: it cannot be recorded
 
     def close(self) -> None:
         """Release all memory."""
@@ -129,7 +169,7 @@ class RecordedCells:
         """Whether `compute` computes this cell of `rows` rows."""
         if not (self._pays and cell.token > 0 and cell.layer in self._layers and cell.span.decodes):
             return False
-        key = cell.layer, cell.batch
+        key = _key(cell)
         return self._recorded[key] is not None if key in self._recorded else self._can_record(cell)
 
     def _can_record(self, cell: BoundCell) -> bool:
@@ -141,25 +181,27 @@ class RecordedCells:
         return self._cache.records(cell.layer, cell.batch)
 
     def compute(self, cell: BoundCell, context: Context, x: Tensor, weights: Weights) -> Tensor:
-        """The layer's result, from hidden states x (rows, 1, hidden). Part of the cell's computation.
+        """The layer's result, from hidden states x (rows, new, hidden). Part of the cell's computation.
 
-        The layer of the next token overwrites the result. context: the context of the cell without tapes.
+        The layer of the next pass overwrites the result. context: the context of the cell without tapes.
         """
-        if (cell.layer, cell.batch) in self._recorded:
+        if _key(cell) in self._recorded:
             return self.replay(cell, range(cell.layer, cell.layer + 1), context, x)[0]
-        layer, token = self._layers[cell.layer], self._tokens.setdefault(cell.batch, _Token())
-        token.fill(context)
+        layer, data = self._layers[cell.layer], self._passes.setdefault((cell.batch, cell.span.new), _Pass())
+        data.fill(cell, context)
         if isinstance(layer, AttentionLayer) and (rope := layer.layer_spec.attention.rope) is not None:
-            token.add(rope, x.dtype, context)
-        if token.y is not x:  # a tensor that others overwrite or free
+            data.add(rope, x.dtype, context)
+        if data.y is not x:  # a tensor that others overwrite or free
             x = x.clone()
-        token.y = self._record(cell, _Recording(context, self._cache, cell, token), x, weights)
-        return token.y
+        recording = _Recording(context, context.positions, self._cache, cell, data)
+        data.y = self._record(cell, recording, x, weights)
+        return data.y
 
     def joins(self, layer: int, batch: int) -> bool:
-        """Whether the tape of a cell continues that of the previous layer, so that one call can `replay` both."""
-        before, own = (self._recorded.get((j, batch)) for j in (layer - 1, layer))
-        if not self._pays or before is None or own is None:
+        """Whether the tape of a cell continues that of the previous layer, so that one call can `replay` both. With
+        guesses none does, because the next pass may have another number of new tokens."""
+        before, own = (self._recorded.get((j, batch, 1)) for j in (layer - 1, layer))
+        if not self._pays or before is None or own is None or own.by_row:
             return False
         return own.x is before.y and own.length == before.length
 
@@ -170,8 +212,9 @@ class RecordedCells:
 
         Returns the result of the last layer, and the seconds from the beginning to the end of each.
         """
-        self._tokens[cell.batch].fill(context)
-        tapes = [found for j in layers if (found := self._recorded[j, cell.batch]) is not None]
+        batch, new = cell.batch, cell.span.new
+        self._passes[batch, new].fill(cell, context)
+        tapes = [found for j in layers if (found := self._recorded[j, batch, new]) is not None]
         first, last = tapes[0], tapes[-1]
         if x is not first.x:
             first.x.copy_(x)
@@ -183,6 +226,11 @@ class RecordedCells:
         kept = None
         if tape is not None and self._nbytes + tape.nbytes <= MOST_BYTES:
             self._nbytes += tape.nbytes
-            kept = _Recorded(tape, cell.span.length, x, y)
-        self._recorded[cell.layer, cell.batch] = kept
+            kept = _Recorded(tape, cell.span.length, cell.guesses is not None, x, y)
+        self._recorded[_key(cell)] = kept
         return y
+
+
+def _key(cell: BoundCell) -> tuple[int, int, int]:
+    """The layer, the batch and the number of new tokens."""
+    return cell.layer, cell.batch, cell.span.new

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from flexgen.layout.needs import MemoryPlan
 from flexgen.layout.placement import Placement
 from flexgen.layout.plan import batch_sizes
+from flexgen.memory.cores import thread_counts
 from flexgen.memory.cpu import peak_resident_bytes
+from flexgen.memory.disk import DISK_THREADS
 from flexgen.memory.machine import Machine
 from flexgen.policy import Policy, Tier
-from flexgen.results.report import Report, placement_table
+from flexgen.results.placement import placement_table
+from flexgen.results.report import Report
 from flexgen.runtime.call import Call, Timing
 from flexgen.runtime.debug import projected_decode
 from flexgen.runtime.model import Model
@@ -75,6 +78,8 @@ class Stats:
             stages=self.timing.places_used,
             guesses_made=self.timing.guesses_made,
             guesses_kept=self.timing.guesses_kept,
+            put_back=self.timing.put_back,
+            threads=thread_counts(DISK_THREADS),
             padded_share=self.padded_share,
             plan_bytes=self.plan.by_tier,
             peak_bytes=self.peak_bytes,

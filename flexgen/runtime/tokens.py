@@ -22,7 +22,7 @@ from flexgen.runtime.choice import Choice, Listener, NewIds, Rows
 from flexgen.runtime.guesses import by_token
 from flexgen.runtime.prompts import Prompts
 from flexgen.runtime.sampler import INVALID
-from flexgen.schedule.admission import gathered, regrouped, unmoved
+from flexgen.schedule.admission import gathered, regrouped
 
 
 class Output(Protocol):
@@ -84,7 +84,7 @@ class NewTokens:
         self.ids = torch.full((count, tokens), prompts.pad_id, dtype=torch.int64)
         self._ended = torch.zeros(count, dtype=torch.bool)
         self._guesses = prompts.guesses
-        self.can_finish = choice.can_end or self._guesses is not None
+        self.can_finish = choice.can_end or self._guesses is not None or prompts.seating is not None
 
     def keep(self, cell: BoundCell, logits: Tensor) -> None:
         if cell.guesses is not None:
@@ -101,6 +101,8 @@ class NewTokens:
         """The ids (rows, new) for logits (rows, new, vocab), chosen as if each one before were right. `first`: the
         number of the first token of each row."""
         rows = self._prompts.batch(batch).rows
+        if logits.shape[1] == 1 and len(set(first)) == 1:  # as without guesses
+            return self._choice.choose(logits[:, 0], self._named(rows), first[0]).unsqueeze(1)
         made = torch.empty(logits.shape[:2], dtype=torch.int64, device=logits.device)
         for token, places in by_token(first, logits.shape[1]).items():
             index = tuple(torch.tensor(places, device=logits.device).T)
@@ -156,6 +158,8 @@ class NewTokens:
         kept: list[list[int]] = [[] for _ in own.rows]
         # Token after token, so that a row that ends gets no more.
         for number, places in by_token(first, drawn.shape[1]).items():
+            if not number:  # prompts that are not computed yet
+                continue
             live = [(row, got[row][n]) for row, n in places if n < len(got[row])]
             live = [(row, id) for row, id in live if not self._ended[own.rows[row]]]
             if live:
@@ -193,15 +197,21 @@ class NewTokens:
 
     def following(self, number: int) -> list[list[int]] | None:
         tokens, ended, waiting = self.ids.shape[1], self._ended.tolist(), self._prompts.waiting
-        began, entering = self._prompts.began(), self._prompts.entering(number + 1)
-        left = max((tokens - 1 - number + at for row, at in began.items() if not ended[row]), default=0)
+        if self._prompts.by_place:
+            return self._prompts.reseated(ended)
+        origins, entering = self._prompts.origins(), self._prompts.entering(number + 1)
+        made = self._guesses.new if self._guesses else lambda row: number + 1 - origins[row]
+        left = max((tokens - made(row) for row in origins if not ended[row]), default=0)
         kept: list[list[int]] | None
-        if self._guesses is not None:  # rows of a batch end in different columns, so they stay together
-            kept = unmoved(self._prompts.batches, ended, entering)
-        elif self._prompts.passes_left(number + 1, tokens) < 1:  # the next prompts start in column 0
+        # Rows that began together end together at the latest. The next prompts start in column 0.
+        if self._guesses is None and self._prompts.passes_left(number + 1, tokens) < 1:
             kept = gathered(self._prompts.batches, ended, entering)
         else:
             kept = regrouped(self._prompts.batches, ended, left, entering, bool(waiting))
+        if seating := self._prompts.seating:
+            stay = self._prompts.batches if kept is None else kept
+            following = seating.following(self._prompts, stay, number, self.ids, ended)
+            return None if kept is None and following == stay else following
         if kept is None:
             return None
         return [*kept, *waiting[: self._prompts.places - len(kept)]]

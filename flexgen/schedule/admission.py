@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import islice
+from typing import TypeVar
+
+T = TypeVar("T")
 
 _PAID_BACK = 2
 """The number of tokens after which compaction pays off. It reads and writes the cache of the remaining rows once.
@@ -47,18 +51,6 @@ def regrouped(
     return [list(batch) for batch, going in zip(batches, live, strict=True) if going]
 
 
-def unmoved(
-    batches: Sequence[Sequence[int]], stopped: Sequence[bool], entering: Collection[int] = ()
-) -> list[list[int]] | None:
-    """`regrouped` for rows that must stay in their batches: the batches with a row that still generates."""
-    kept = [
-        list(batch)
-        for k, batch in enumerate(batches)
-        if k in entering or not all(stopped[row] for row in batch)
-    ]
-    return None if len(kept) == len(batches) else kept
-
-
 def gathered(
     batches: Sequence[Sequence[int]], stopped: Sequence[bool], entering: Collection[int] = ()
 ) -> list[list[int]]:
@@ -86,3 +78,49 @@ def _freed(
             stay = (k for k, rows in enumerate(live) if rows and k not in together)
             return [*(list(batches[k]) for k in stay), *moved]
     return None
+
+
+def reseated(
+    batches: Sequence[Sequence[int]],
+    ended: Sequence[bool],
+    computed: Sequence[int],
+    waiting: Sequence[int],
+    rows: int,
+) -> list[list[int]]:
+    """The row in each place of each batch for the next pass, if prompts enter in the places of rows that have ended.
+
+    A batch whose rows have all ended is [] if no prompt waits. ended: whether a row has ended. computed: not 0 if
+    its prompt was computed. Both are indexed by rows. A row that was not computed enters next. rows: the maximum
+    number of prompts that a pass computes.
+    """
+    room = rows - sum(not computed[row] for batch in batches for row in batch)
+    coming = iter(waiting[: max(room, 0)])
+    seated = [[next(coming, row) if ended[row] else row for row in batch] for batch in batches]
+    if room >= len(waiting):
+        seated = [[] if all(ended[row] for row in batch) else batch for batch in seated]
+    return seated
+
+
+def entry_cells(
+    batches: Sequence[Sequence[int]], computed: Sequence[int], rows: int, together: int
+) -> list[tuple[int, range]]:
+    """The cells in which the next pass computes prompts: batch, and adjacent places of it.
+
+    computed, rows: as for `reseated`. together: the number of prompts of a cell. A cell has more if there are fewer
+    batches than cells: cells that alternate with those that decode overlap best with attention on the host.
+    """
+    cells: list[tuple[int, range]] = []
+    together = max(together, -(-rows // max(len(batches), 1)))
+    places = ((k, n) for k, batch in enumerate(batches) for n, row in enumerate(batch) if not computed[row])
+    for k, n in islice(places, rows):
+        if cells and cells[-1][0] == k and cells[-1][1].stop == n and len(cells[-1][1]) < together:
+            cells[-1] = k, range(cells[-1][1].start, n + 1)
+        else:
+            cells.append((k, range(n, n + 1)))
+    return cells
+
+
+def between(many: Sequence[T], few: Sequence[T]) -> list[T]:
+    """The elements of both sequences in one, those of each in order and evenly spread."""
+    places = [((n + 0.5) / len(some), some is few, n) for some in (many, few) for n in range(len(some))]
+    return [few[n] if is_few else many[n] for _, is_few, n in sorted(places)]

@@ -166,6 +166,17 @@ def test_an_unlike_call_is_searched_for_once_with_the_weights_where_they_are(sea
     assert kept["weights"] == model.policy.weights and kept["sep_layer"] == model.policy.sep_layer
 
 
+def test_a_search_for_a_call_knows_how_long_its_answers_are(searches):
+    """From the numbers of new tokens, if there is one for each prompt; otherwise from the job, at most `gen_len`."""
+    counts = [8] * 6 + [2] * 2
+    with opened(Auto(worth=0), Workload(4, 30, 1, mean_new=7.0)) as model:
+        for most in (counts, 8, 5):
+            model.generate(prompts(8, 60), most, stop=())
+    called = [workload for workload, _ in searches[1:]]
+    assert [workload.gen_len for workload in called] == [8, 8, 5]
+    assert [workload.mean_new for workload in called] == [6.5, 7, 5]
+
+
 def test_once_holds_for_every_call(searches, monkeypatch):
     with opened(Auto({"cache": {"cpu": 100}}, once=True, worth=0), Workload(4, 2, 1)) as model:
         model.generate(ids := prompts(8, 60), 6, stop=())

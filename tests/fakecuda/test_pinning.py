@@ -59,7 +59,7 @@ def test_cache_that_the_host_attends_to_is_not_pinned():
 
 
 def test_a_share_of_what_is_free_stays_pageable(monkeypatch, caplog, pinned):
-    monkeypatch.setattr(machines, "available_bytes", lambda: 100 * MIB)
+    monkeypatch.setattr(machines, "available_bytes", lambda cached: 100 * MIB)
     machine = Machine.open("cuda")
     try:
         assert machine.limits()[Tier.CPU] == 95 * MIB
@@ -77,7 +77,7 @@ def test_a_share_of_what_is_free_stays_pageable(monkeypatch, caplog, pinned):
 
 def test_what_is_kept_gives_way_to_what_is_needed(monkeypatch):
     free = 100 * MIB
-    monkeypatch.setattr(machines, "available_bytes", lambda: free)
+    monkeypatch.setattr(machines, "available_bytes", lambda cached: free)
     machine = Machine.open("cuda")
     try:
         machine.limits()

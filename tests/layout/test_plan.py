@@ -19,12 +19,13 @@ from flexgen.kernels.scoring import Scoring, Window
 from flexgen.kernels.sparse_attention import Sparsity, attend_chosen_in_torch, choose_in_torch
 from flexgen.kernels.workspaces import GPU, HOST, choice_bytes
 from flexgen.layout.cache import CacheLayout, Span, cache_segments
+from flexgen.layout.cache_pool import cache_pool
 from flexgen.layout.hidden import hidden_layout
 from flexgen.layout.needs import MemoryPlan, Need
 from flexgen.layout.passes import Passes
 from flexgen.layout.pieces import PieceSizes
 from flexgen.layout.placement import place_weights
-from flexgen.layout.plan import Target, batch_sizes, plan_memory
+from flexgen.layout.plan import Target, batch_sizes, plan_memory, room_sizes
 from flexgen.layout.topology import LINKED, SHARED
 from flexgen.layout.weight_slots import SlotSizes
 from flexgen.memory.machine import Machine
@@ -230,17 +231,18 @@ def test_choosing_stays_within_the_workspace(share, dtype, kv_heads, tmp_path):
 
 def opened(layers, policy, workload, machine, dtype, slots):
     """Cache and hidden states of one block, as a call makes them."""
-    batches = batch_sizes(policy, workload.num_prompts)
+    batches = room_sizes(policy, workload.num_prompts, workload.gen_len)
     topology = machine.device.topology
+    pool = cache_pool(layers, policy, batches, workload, dtype, topology)
     attention = {j: layer.layer_spec.attention for j, layer in enumerate(layers) if layer.has_cache}
     cached = {
         j: [cache_segments(own.cache, policy, rows, workload.capacity, dtype, topology) for rows in batches]
         for j, own in attention.items()
     }
     heads = {j: own.heads for j, own in attention.items()}
-    passes = Passes(workload.prompt_len, policy.prefill_chunk)
+    passes = Passes.of(workload, policy)
     hidden = [hidden_layout(SPEC, policy, rows, dtype, topology) for rows in batches]
-    yield "cache", lambda: KVCache(cached, heads, passes, machine, slots)
+    yield "cache", lambda: KVCache(cached, heads, passes, machine, slots, pool)
     yield (
         "activations",
         lambda: Activations(hidden, passes.new, dtype, machine, slots),
@@ -264,12 +266,15 @@ def planned(plan, tier, what, besides=()):
     slots=st.integers(1, 4),
     share=st.sampled_from([1.0, 0.1]),
     chunk=st.sampled_from([0, 1, 4]),
+    reserve=st.sampled_from([0, 2]),
 )
 def test_cache_and_hidden_states_take_what_was_planned(
-    layers, policy, prompts, prompt_len, dtype, device, slots, share, chunk
+    layers, policy, prompts, prompt_len, dtype, device, slots, share, chunk, reserve
 ):
     assume(share == 1 or all(policy.cache[tier].codec == "none" for tier in Tier))
-    policy = policy.replace(attn_sparsity=share, prefill_chunk=chunk)
+    policy = policy.replace(
+        attn_sparsity=share, prefill_chunk=chunk, reserve_new=reserve if share == 1 else 0
+    )
     workload = Workload(prompt_len, 5, prompts)
     with closing(Machine.open(device)) as machine:
         placement = place_weights(layers, policy.weights, dtype)

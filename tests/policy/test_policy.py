@@ -101,6 +101,51 @@ def test_guesses_that_do_not_work(fields, message):
         Policy(**fields)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(reserve_new=-1), "reserve_new is -1; it must be at least 0"),
+        (dict(reserve_new=1.5), r"reserve_new is 1.5 \(float\); it must be a whole number >= 0"),
+        (dict(reserve_new=True), r"reserve_new is True \(bool\)"),
+        (
+            dict(reserve_new=4, attn_sparsity=0.5),
+            "reserve_new is 4 with attn_sparsity = 0.5, .*set reserve_new to 0 or change the other one",
+        ),
+        (dict(reserve_new=4, guess=2), "reserve_new is 4 with guess = 2, .*set reserve_new to 0 or change"),
+    ],
+)
+def test_reserves_that_do_not_work(fields, message):
+    with pytest.raises(PolicyError, match=message):
+        Policy(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(prefill_rows=-1), "prefill_rows is -1; it must be at least 0"),
+        (dict(prefill_rows=2.0), r"prefill_rows is 2.0 \(float\); it must be a whole number >= 0"),
+        (
+            dict(prefill_rows=2, cache={"cpu": 90, "disk": 10}),
+            "prefill_rows is 2 with 10 percent of the cache on disk, .*set prefill_rows to 0 or change the other",
+        ),
+        (
+            dict(prefill_rows=2, activations={"cpu": 60, "gpu": 40}),
+            "with 40 percent of the activations on gpu, but",
+        ),
+        (dict(prefill_rows=2, guess=4), "prefill_rows is 2 with guess = 4, which starts with all rows"),
+    ],
+)
+def test_entries_that_do_not_work(fields, message):
+    with pytest.raises(PolicyError, match=message):
+        Policy(**fields)
+
+
+def test_a_policy_reserves_less_only_for_longer_answers():
+    assert not Policy().reserves(100)
+    policy = Policy(reserve_new=20)
+    assert policy.reserves(21) and not policy.reserves(20) and not policy.reserves(1)
+
+
 def test_guesses_are_off_by_default_and_saved(tmp_path):
     assert Policy().guess == 0
     policy = Policy(guess=4, cache={"cpu": 100}, weights={"disk": 100})
@@ -257,7 +302,7 @@ def test_rows_refuse_a_negative_count():
         ({"overlap": 1}, r"overlap is 1 \(int\); it must be true or false"),
         ({"sep_layer": "yes"}, "sep_layer is 'yes'"),
         ({"gpu_batchsize": 4}, "unknown key 'gpu_batchsize'.*did you mean 'gpu_batch_size'"),
-        ({"zzz": 4}, "unknown key 'zzz'; known: gpu_batch_size, .*guess$"),
+        ({"zzz": 4}, "unknown key 'zzz'; known: gpu_batch_size, .*reserve_new$"),
     ],
 )
 def test_invalid_values_are_refused(fields, message):

@@ -43,7 +43,7 @@ def lookup_on(
     policy = Policy(weights={tier: {"percent": 100, "codec": codec}})  # type: ignore[dict-item]
     placement = place_weights(LAYERS, policy.weights, torch.float32)
     with machine(device) as m:
-        homes = Homes(DUMMY, placement, torch.float32, m)
+        homes = Homes(DUMMY, placement, m)
         homes.load(LAYERS[:1])
         table = open_table(LAYERS, homes, m)
         assert table is not None
@@ -141,7 +141,7 @@ def test_what_is_taken_was_planned(device: str, tier: str, codec: str, machine: 
         promised[topology.device] -= decoded
         promised[Tier.GPU] -= 0 if topology is SHARED else decoding_bytes(LAYERS, placement)
         with machine(device) as m:
-            homes = Homes(DUMMY, placement, torch.float32, m)
+            homes = Homes(DUMMY, placement, m)
             homes.load(LAYERS[:1])
             before = {t: store.used for t, store in ((Tier.CPU, m.host), (Tier.GPU, m.device.memory))}
             table = open_table(LAYERS, homes, m)

@@ -88,6 +88,37 @@ def test_tapes_continue_on_the_next_page_of_the_cache(replays, monkeypatch):
     assert generated(PROMPTS[:1], new=200) == expected and len(replays) == 198 * 7
 
 
+@pytest.mark.parametrize("batches", [1, 2])
+def test_passes_with_and_without_guesses_have_tapes_of_their_own(replays, monkeypatch, batches):
+    """Two rows of each batch have different numbers of tokens. Some passes have guesses, and some have none."""
+    prompts, own = PROMPTS + [PROMPTS[0][::-1]], replace(policy(batches, rows=2), guess=3)
+    widths = []
+    serves = RecordedCells.serves
+
+    def watched(cells, cell, rows, weights):
+        widths.append(cell.span.new)
+        return serves(cells, cell, rows, weights)
+
+    monkeypatch.setattr(RecordedCells, "serves", watched)
+    free = without_tapes(monkeypatch, prompts, own=replace(own, guess=0), new=30)
+
+    def guessed():
+        def propose(ids, count):
+            text = next(text for text in free if text[:20] == ids[:20].tolist())
+            return text[len(ids) : len(ids) + count] if len(ids) % 9 < 5 or text[0] == 5 else []
+
+        with OptLM(LLAMA, own, device="cpu", weights="dummy", dtype="bfloat16", progress=False) as model:
+            request = read_request(model.spec, prompts[: 2 * batches])
+            return model.generate_with(Completion(request, 30, Sampled(), propose=propose)).tolist()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recorded, "MIN_TOKENS", 1000)
+        expected = guessed()
+    assert not replays
+    assert guessed() == expected and len(replays) > 20
+    assert {1, 4} <= set(widths)
+
+
 @pytest.mark.parametrize("sep_layer", [True, False])
 def test_several_batches_and_rows(replays, monkeypatch, sep_layer):
     prompts = PROMPTS + [PROMPTS[0][::-1]]
@@ -172,7 +203,7 @@ def test_if_nothing_moves_one_call_replays_all_layers_of_a_pass(calls, monkeypat
     own, prompts = policy(codec=codec, rows=rows), PROMPTS[:rows]
     expected = without_tapes(monkeypatch, prompts, own=own)
     assert generated(prompts, own=own) == expected
-    assert calls == [(tapes, later) for later in range(1, NEW - 1) for tapes in (6, 1)]  # layers, head
+    assert calls == [(7, later) for later in range(1, NEW - 1)]  # with the head
 
 
 @pytest.mark.parametrize(
@@ -201,7 +232,7 @@ def test_layers_without_a_tape_separate_those_that_are_replayed_together(calls, 
     expected = without_tapes(monkeypatch, PROMPTS[:1], config=mixed)
     assert generated(PROMPTS[:1], config=mixed) == expected
     # The attention and the MLP of two layers, then the last MLP and the head.
-    assert calls == [(tapes, later) for later in range(1, NEW - 1) for tapes in (4, 1, 1)]
+    assert calls == [(tapes, later) for later in range(1, NEW - 1) for tapes in (4, 2)]
 
 
 @pytest.mark.parametrize("stop_after", [1, 2, 5])
@@ -212,7 +243,7 @@ def test_rows_that_end_between_passes_with_joined_layers(calls, monkeypatch, sto
     expected = without_tapes(monkeypatch, PROMPTS, own=own, stop=stop, new=30)
     calls.clear()
     assert generated(PROMPTS, own=own, stop=stop, new=30) == expected
-    assert calls == [] or max(tapes for tapes, _ in calls) == 6
+    assert calls == [] or max(tapes for tapes, _ in calls) == 7
 
 
 def test_the_trace_has_an_event_for_each_cell(calls, monkeypatch):
@@ -226,7 +257,7 @@ def test_the_trace_has_an_event_for_each_cell(calls, monkeypatch):
             ) as model:
                 model.generate(PROMPTS[:1], NEW)
                 traces.append(model.stats.timing.trace.events)
-        assert (6 in [tapes for tapes, _ in calls]) is joins
+        assert (7 in [tapes for tapes, _ in calls]) is joins
         calls.clear()
     joined, single = traces
     assert [event.step for event in joined] == [event.step for event in single]
@@ -242,4 +273,4 @@ def test_each_token_of_a_choice_for_the_whole_call(calls, monkeypatch):
     with OptLM(LLAMA, policy(), device="cpu", weights="dummy", dtype="bfloat16", progress=False) as model:
         request = Completion(read_request(model.spec, PROMPTS[:1]), NEW, WholeCall())
         assert model.generate_with(request).tolist() == expected
-    assert calls == [(tapes, later) for later in range(1, NEW - 1) for tapes in (6, 1)]
+    assert calls == [(7, later) for later in range(1, NEW - 1)]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from itertools import pairwise
 
-from flexgen.schedule.admission import gathered, regrouped
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexgen.schedule.admission import between, entry_cells, gathered, regrouped, reseated
 
 BATCHES = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
 
@@ -42,3 +46,56 @@ def test_batches_that_are_entering_do_not_move() -> None:
 
 def test_rows_that_have_one_token_left_do_not_move() -> None:
     assert regrouped(BATCHES, stopped(0, 4, 8, 12), 1, waiting=True) is None
+
+
+PLACES = [[0, 1, 2], [3, 4, 5]]
+
+
+@pytest.mark.parametrize(
+    ("ended", "computed", "waiting", "rows", "expected"),
+    [
+        # Two rows have ended, and a pass computes two prompts.
+        ([1, 4], range(6), [6, 7, 8], 2, [[0, 6, 2], [3, 7, 5]]),
+        # It computes one prompt.
+        ([1, 4], range(6), [6, 7, 8], 1, [[0, 6, 2], [3, 4, 5]]),
+        # Row 5 has a place already, and is computed first.
+        ([1, 4], range(5), [6, 7, 8], 2, [[0, 6, 2], [3, 4, 5]]),
+        ([1, 4], range(4), [6, 7, 8], 2, PLACES),
+        # One prompt waits, then none: a batch whose rows have all ended has no place any more.
+        ([0, 1, 2], range(6), [6], 4, [[6, 1, 2], [3, 4, 5]]),
+        ([0, 1, 2], range(6), [], 4, [[], [3, 4, 5]]),
+        ([0, 1, 2], range(6), [6], 0, PLACES),
+        (range(6), range(6), [], 1, [[], []]),
+    ],
+)
+def test_prompts_enter_where_rows_have_ended(
+    ended: list[int], computed: list[int], waiting: list[int], rows: int, expected: list[list[int]]
+) -> None:
+    flags = [row in ended for row in range(9)], [row in computed for row in range(9)]
+    assert reseated(PLACES, *flags, waiting, rows) == expected
+
+
+@pytest.mark.parametrize(
+    ("computed", "rows", "together", "expected"),
+    [
+        (range(6), 3, 1, []),
+        ([], 2, 1, [(0, range(0, 1)), (0, range(1, 2))]),
+        ([], 4, 1, [(0, range(0, 2)), (0, range(2, 3)), (1, range(0, 1))]),
+        ([], 4, 2, [(0, range(0, 2)), (0, range(2, 3)), (1, range(0, 1))]),
+        ([], 9, 8, [(0, range(3)), (1, range(3))]),
+        ([1, 3, 4], 9, 8, [(0, range(0, 1)), (0, range(2, 3)), (1, range(2, 3))]),
+    ],
+)
+def test_cells_have_adjacent_places_of_one_batch(
+    computed: list[int], rows: int, together: int, expected: list[tuple[int, range]]
+) -> None:
+    assert entry_cells(PLACES, [row in computed for row in range(6)], rows, together) == expected
+
+
+@given(many=st.integers(0, 20), few=st.integers(0, 20))
+def test_cells_are_spread_evenly(many: int, few: int) -> None:
+    mixed = between(range(many), range(100, 100 + few))
+    assert [n for n in mixed if n < 100] == list(range(many))
+    assert [n for n in mixed if n >= 100] == list(range(100, 100 + few))
+    at = [place for place, n in enumerate(mixed) if n >= 100]
+    assert all(b - a >= many // few for a, b in pairwise(at))
