@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from flexgen.cli.flags import (
     OutputFile,
@@ -40,14 +41,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def simulate(args: argparse.Namespace) -> Report:
     """Predict the job and print its card."""
     policy, order = read_policy(args), args.order
-    lengths, more = (args.prompt_len, args.gen_len), (args.prefix_len, args.mean_new, args.copied)
+    lengths = args.prompt_len, args.gen_len
+    more: dict[str, Any] = {
+        "prefix": args.prefix_len,
+        "mean_new": args.mean_new,
+        "copied": args.copied,
+        "cuts": (args.common_len,) if args.common_len else (),
+        "groups": args.prefix_groups,
+    }
     spec, _ = open_model(args.model, "dummy")
     hardware = find_hardware(args.hardware, args.device, args.offload_dir)
     if isinstance(policy, Auto):
-        workload = Workload(*lengths, args.num_prompts or USUAL.num_prompts, *more)
+        workload = Workload(*lengths, args.num_prompts or USUAL.num_prompts, **more)
         found = AutoPolicy(policy, Job.checked(spec, hardware, workload, args.dtype, order)).opened
         policy, order = found.policy, found.order
-    workload = Workload(*lengths, args.num_prompts or policy.block_size, *more)
+    workload = Workload(*lengths, args.num_prompts or policy.block_size, **more)
     prediction = predict_job(Job.checked(spec, hardware, workload, args.dtype, order), policy, args.samples)
     report = prediction.report
     if args.trace:
@@ -85,6 +93,20 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--prompt-len", type=count, default=512, metavar="N", help="tokens of each prompt")
     add_prefix_flag(parser)
+    add(
+        "--prefix-groups",
+        type=count,
+        default=1,
+        metavar="N",
+        help="groups of equally many prompts, each with a prefix of its own of --prefix-len tokens (default: 1)",
+    )
+    add(
+        "--common-len",
+        type=count,
+        default=0,
+        metavar="N",
+        help="tokens with which the prefixes of all groups begin, fewer than --prefix-len (default: 0)",
+    )
     add("--gen-len", type=count, default=32, metavar="N", help="new tokens of each prompt")
     add_mean_new_flag(parser)
     add(

@@ -24,6 +24,8 @@ class Workload:
     copied: the mean number of new tokens of a row in a pass with guesses (`Policy.guess`); 1 if no guess is right.
     cuts: where the prefix is divided into parts that are computed and stored one after another, because prompts of
         other groups share only the first ones. Token numbers in increasing order, from 1 to `prefix` - 1.
+    groups: the number of groups of equally many prompts, each with its own prefix. All groups share the parts of the
+        prefix before the last one; with one part, they share nothing.
 
     Raises RequestError for other values, unless the others are integers up to `LARGEST_COUNT`, and all but `prefix`
     at least 1.
@@ -36,9 +38,10 @@ class Workload:
     mean_new: float | None = None
     copied: float = 1.0
     cuts: tuple[int, ...] = ()
+    groups: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("prompt_len", "gen_len", "num_prompts", "prefix"):
+        for name in ("prompt_len", "gen_len", "num_prompts", "prefix", "groups"):
             object.__setattr__(self, name, _count(name, getattr(self, name)))
         object.__setattr__(self, "cuts", tuple(self.cuts))
         self._check_prefix()
@@ -68,11 +71,22 @@ class Workload:
                 f"cuts are {shown(self.cuts)}; they must increase from 1 to {self.prefix - 1}, the last token number "
                 "of the prefix"
             )
+        if self.groups > self.num_prompts:
+            raise RequestError(
+                f"groups is {self.groups}, but there are {self.num_prompts} prompts; it must not be larger, because "
+                "each group has at least one prompt"
+            )
 
     @property
     def capacity(self) -> int:
         """The largest length of one row: the prompt and all its new tokens."""
         return self.prompt_len + self.gen_len
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """The number of prompts of each group, the largest first."""
+        each, more = divmod(self.num_prompts, self.groups)
+        return [each + 1] * more + [each] * (self.groups - more)
 
     def answers(self) -> list[int]:
         """The number of new tokens of each prompt, as predictions assume them.
@@ -94,6 +108,32 @@ class Workload:
         counts = [min(max(math.ceil(math.log(share) / math.log(low)), 1), self.gen_len) for share in left]
         random.Random(0).shuffle(counts)
         return counts
+
+    def passes(self, guess: int) -> list[int]:
+        """The number of passes that give each prompt its `answers`, with up to `guess` guesses in a pass.
+
+        Some rows copy whole answers and others nothing. So the passes of a row beyond the fewest possible ones are
+        quantiles of an exponential distribution, with the mean that follows from `copied`, and cut off where a pass
+        gives one token. Their order is random.
+        """
+        answers = self.answers()
+        if not guess:
+            return answers
+        most = [new - 1 for new in answers]
+        fewest = [-(-new // (1 + guess)) for new in most]
+        spread = [-math.log((n + 0.5) / self.num_prompts) for n in range(self.num_prompts)]
+        random.Random(1).shuffle(spread)
+
+        def passes(scale: float) -> list[int]:
+            rows = zip(fewest, spread, most, strict=True)
+            return [min(few + round(scale * factor), new) for few, factor, new in rows]
+
+        low, high = 0.0, 4.0 * self.gen_len * self.num_prompts  # all rows at their most
+        for _ in range(60):
+            middle = (low + high) / 2
+            enough = sum(passes(middle)) * self.tokens_in_pass(guess) >= sum(most)
+            low, high = (low, middle) if enough else (middle, high)
+        return [1 + count for count in passes(high)]
 
     def tokens_in_pass(self, guess: int) -> float:
         """The expected number of new tokens of a row in a pass of the decode with up to `guess` guesses."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from flexgen.layout.passes import Passes
 from flexgen.models.layer import AttentionLayer
 from flexgen.predict.cache_costs import CacheCosts
+from flexgen.predict.fixed_costs import FixedCosts
 from flexgen.predict.loads import Load, Loads
 from flexgen.predict.placed import PlacedModel
 from flexgen.results.trace import LaneName
@@ -25,13 +26,14 @@ class ComputeCosts:
         passes: Passes,
         splits_attention: bool,
         gathers_rows: bool,
+        fixed: FixedCosts,
     ) -> None:
         self._model = model
         self._cache = cache
         self._passes = passes
         self._splits_attention = splits_attention
         self._gathers_rows = gathers_rows
-        self._fixed = model.hardware.fixed
+        self._fixed = fixed
 
     def compute(self, index: int, token: int, rows: int, first: bool) -> Loads:
         """The computation of the layer, without the parts that PROJECT and ATTEND have computed."""
@@ -46,7 +48,7 @@ class ComputeCosts:
         if self._splits(index, token, rows):
             assert isinstance(layer, AttentionLayer)
             seconds -= arithmetic.projection(layer, rows, first)
-            return ((Load(LaneName.COMPUTE, 0, seconds + self._fixed.cell / 2),),)
+            return ((Load(LaneName.COMPUTE, 0, seconds + self._model.hardware.fixed.cell / 2),),)
         if layer.has_cache and not span.decodes:
             context = self._passes.shared + span.length + new
             seconds += arithmetic.prompt_attention(layer, rows, new, context)
@@ -56,11 +58,13 @@ class ComputeCosts:
             layout = self._cache.layout(index, rows)
             device, host = self._token_attention(index, token, rows)
             seconds += max(device, host)
+            if any(segment.codec != "none" for segment in layout.segments):
+                seconds += self._model.hardware.fixed.encoded
             if layout.host_rows:
                 for move in (layout.ask(new), layout.answer(bool(self._passes.shared), new)):
                     crossed += move.nbytes
                     seconds += model.lanes.seconds(move)
-        seconds += self._fixed.cell + (self._fixed.attention if layer.has_cache else 0.0)
+        seconds += self._fixed.of_cell(index, token)
         return ((Load(LaneName.COMPUTE, crossed, seconds),),)
 
     def project(self, index: int, token: int, rows: int, first: bool) -> Loads:
@@ -69,7 +73,8 @@ class ComputeCosts:
             return ()
         layer = self._model.layers[index]
         assert isinstance(layer, AttentionLayer)
-        seconds = self._fixed.cell / 2 + self._fixed.attention
+        fixed = self._model.hardware.fixed
+        seconds = fixed.cell / 2 + fixed.attention
         seconds += self._model.arithmetic.projection(layer, rows, first)
         new = self._passes.span(token).new
         ask = self._model.lanes.load(self._cache.layout(index, rows).ask(new))
@@ -87,11 +92,14 @@ class ComputeCosts:
         return chains
 
     def _token_attention(self, index: int, token: int, rows: int) -> tuple[float, float]:
-        """Seconds of attention of one token of each row and its guesses, on the device and on the host. Each of them
-        reads the cache."""
+        """Seconds of attention of one token of each row and its guesses, on the device and on the host."""
         span, segments = self._passes.span(token), self._cache.layout(index, rows).segments
-        device, host = self._model.arithmetic.token_attention(segments, span.length + 1)
-        return device * span.new + self._prefix_attention(index, rows * span.new), host * span.new
+        layer = self._model.layers[index]
+        assert isinstance(layer, AttentionLayer)
+        own = layer.layer_spec.attention
+        arithmetic, sharing = self._model.arithmetic, own.heads // own.kv_heads
+        device, host = arithmetic.token_attention(segments, span.length + 1, span.new, sharing)
+        return device + self._prefix_attention(index, rows * span.new), host
 
     def _prefix_attention(self, index: int, rows: int) -> float:
         """Seconds of attention of one token of each row over the shared prefix, on the device."""

@@ -18,6 +18,7 @@ from flexgen.layout.weights import count_pieces
 from flexgen.policy import Policy
 from flexgen.predict.cache_costs import CacheCosts
 from flexgen.predict.compute_costs import ComputeCosts
+from flexgen.predict.fixed_costs import FixedCosts
 from flexgen.predict.hidden_costs import HiddenCosts
 from flexgen.predict.loads import Loads
 from flexgen.predict.placed import PlacedModel
@@ -67,9 +68,10 @@ class StepCosts:
         sizes = set(self._batches)
         self._cache = CacheCosts(model, policy, workload, sizes, len(self._tokens) == len(every_token))
         self._hidden = HiddenCosts(model, policy, passes, sizes, block.order.serial)
-        self._computation = ComputeCosts(
-            model, self._cache, passes, block.order.splits_attention, self._hidden.gathers_rows
-        )
+        gathers_rows = self._hidden.gathers_rows
+        fixed = FixedCosts(model, policy, workload, self._batches, gathers_rows)
+        splits = block.order.splits_attention
+        self._computation = ComputeCosts(model, self._cache, passes, splits, gathers_rows, fixed)
 
     @property
     def feeds_ids(self) -> bool:

@@ -38,14 +38,22 @@ _DTYPES = ("float32", "float16", "bfloat16")
 class Fixed:
     """Seconds in addition to the time of bytes and flops.
 
-    cell: for each cell.
-    attention: for each cell with attention, in addition to `cell`.
+    cell: for each cell that the code of a layer computes.
+    attention: for each such cell with attention, in addition to `cell`.
+    recorded: for each cell of the decode that a CPU repeats from a tape, instead of both. 0 if it repeats none.
+    joined: the same if one call repeats it after the cell of the previous layer.
+    encoded: for each cell of the decode that encodes new keys and values, in addition.
+    ids: for each batch whose new ids are stored; 0 if it takes as long as a `stage`.
     stage: for each stage of a transfer.
     disk_job: for each job of the disk.
     """
 
     cell: float = 0.0
     attention: float = 0.0
+    recorded: float = 0.0
+    joined: float = 0.0
+    encoded: float = 0.0
+    ids: float = 0.0
     stage: float = 0.0
     disk_job: float = 0.0
 

@@ -28,7 +28,7 @@ class HiddenCosts:
         topology = model.hardware.topology
         self._layouts = {rows: hidden_layout(spec, policy, rows, dtype, topology) for rows in sizes}
         self._table = row_layout(model.layers, model.placement, topology, max(sizes) * passes.new)
-        keeps = topology.keeps_ids(self.gathers_rows) and not policy.guess
+        keeps = topology.keeps_ids(self.gathers_rows) and not policy.lengths_differ
         self.feeds_ids = keeps and not serial  # see `Grid`
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from flexgen.layout.moves import Move, Route
+from flexgen.layout.moves import Kind, Move, Route
 from flexgen.predict.hardware import Hardware
 from flexgen.results.trace import LaneName
 
@@ -39,6 +39,8 @@ class LaneTimes:
     def seconds(self, move: Move) -> float:
         on_disk = move.lane in (LaneName.DISK_READ, LaneName.DISK_WRITE)
         fixed = self._fixed.disk_job if on_disk else self._fixed.stage
+        if move.kind is Kind.RECORD:
+            fixed = self._fixed.ids or fixed
         return fixed + move.nbytes / self._bandwidth[move.lane]
 
     def load(self, move: Move) -> Load:

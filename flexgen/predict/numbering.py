@@ -54,7 +54,7 @@ class Numbered:
             yield from section.needs
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def numbered(order: Order, grid: Grid) -> Numbered:
     """The steps of an order. Cached, because a search times many policies on one grid."""
     # The number of visits by which an order issues steps before or after the computation, also across both ends.
@@ -71,7 +71,7 @@ def numbered(order: Order, grid: Grid) -> Numbered:
     return _drawn_out(made, few, grid, steady, steady_token) or _whole(order, grid)
 
 
-@lru_cache(maxsize=32)  # models of any depth, and several searches, share these few layers
+@lru_cache(maxsize=128)  # models of any depth, and several searches, share these few layers
 def _whole(order: Order, grid: Grid) -> Numbered:
     return number(order(grid), grid)
 

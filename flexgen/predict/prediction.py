@@ -14,7 +14,7 @@ from flexgen.layout.needs import MemoryPlan
 from flexgen.layout.passes import Passes
 from flexgen.layout.placement import Placement
 from flexgen.layout.plan import Target, batch_sizes, plan_memory
-from flexgen.layout.prefix import prefix_policy, prefix_slots, prefix_workloads, shared_tokens
+from flexgen.layout.prefix import grouped, prefix_policy, prefix_slots, prefix_workloads, shared_tokens
 from flexgen.models import Layer, ModelSpec
 from flexgen.policy import Policy, Tier
 from flexgen.predict.costs import CostedBlock, StepCosts
@@ -22,10 +22,12 @@ from flexgen.predict.hardware import Fixed, Hardware
 from flexgen.predict.job import Job
 from flexgen.predict.numbering import numbered
 from flexgen.predict.placed import PlacedModel, Placements
-from flexgen.predict.refill import RefilledBlock, refilled_block
+from flexgen.predict.refill import RefilledBlock, all_stages, refilled_block, refills
 from flexgen.predict.timeline import Timeline, play_with_losses, works_of
 from flexgen.predict.workspaces import workspaces_on
-from flexgen.results.report import ByPhase, Report, placement_table, timed_lanes
+from flexgen.results.bounds import timed_lanes
+from flexgen.results.placement import placement_table
+from flexgen.results.report import ByPhase, Report
 from flexgen.results.trace import LaneName, Phase, Trace
 from flexgen.schedule.orders import Order, Slots
 from flexgen.schedule.steps import Op
@@ -114,22 +116,12 @@ def predict_job(
     placement = placements.placement(policy.sep_layer, policy.weights)
     policy, plan = _plan(job, policy, layers, placement)
     job = replace(job, hardware=job.hardware.copying(_copied(plan, job, policy), policy.pin_weight))
-    full, rest = divmod(workload.num_prompts, policy.block_size)
-    shapes = [policy.block_size] * full + ([rest] if rest else [])
     model = PlacedModel(layers, placement, job.hardware)
     slots = job.order_for(policy).slots
-    refilled = None
-    if workload.mean_new is not None:
-        refilled = refilled_block(job, policy, model, slots)
-        blocks = [_refilled(refilled)]
-    else:
-        made = {prompts: _block(job, policy, model, prompts, slots, samples) for prompts in set(shapes)}
-        blocks = [made[prompts] for prompts in shapes]
-    blocks[:0] = [
-        _block(replace(job, workload=part), prefix_policy(policy), model, 1, prefix_slots(slots), None)
-        for part in prefix_workloads(workload, policy)
-    ]
+    blocks, refilled = _groups(job, policy, model, slots, samples)
     batches, shared = batch_sizes(policy, workload.num_prompts), shared_tokens(workload, policy)
+    groups = grouped(workload, policy).groups
+    common = prefix_workloads(workload, policy)[-1].prefix if groups > 1 else shared
     laid_out = sum(token >= 0 for token in blocks[-1].tokens)
     report = Report(
         model=job.spec.name,
@@ -143,15 +135,17 @@ def predict_job(
         prefill_s=sum(block.prefill for block in blocks),
         decode_s=sum(block.decode for block in blocks),
         prompt_tokens=workload.num_prompts * workload.prompt_len,
-        prefix=shared,
-        reused_tokens=shared * (workload.num_prompts - 1),
+        prefix=common,
+        prefix_groups=groups,
+        reused_tokens=shared * (workload.num_prompts - 1) - (shared - common) * (groups - 1),
         phases=_summed([block.phases for block in blocks]),
         plan_bytes=plan.by_tier,
         peak_bytes={},
         placement=placement_table(policy, placement.percent, batches),
-        projected_from=laid_out if refilled is None and laid_out < workload.gen_len else None,
-        new_tokens=refilled.new_tokens if refilled else None,
-        stages=refilled.stages if refilled and len(refilled.stages) > 1 else {},
+        projected_from=laid_out if not refilled and laid_out < workload.gen_len else None,
+        new_tokens=sum(one.new_tokens for one in refilled) if workload.mean_new is not None else None,
+        put_back=sum(one.put_back for one in refilled),
+        stages=all_stages(refilled),
     )
     return Prediction(report, plan, tuple(layer.name for layer in layers), tuple(blocks))
 
@@ -200,10 +194,15 @@ def _plan(
 def _copied(plan: MemoryPlan, job: Job, policy: Policy) -> int:
     """Bytes of host memory that the link copies from and to.
 
-    Cache over which the host computes attention counts only if prompts are computed in chunks.
+    Cache over which the host computes attention counts only if prompts are computed in chunks. Memory that is taken
+    page by page is not pinned, and a device copies from it only for the few rows that are computed again.
     """
-    in_parts = Passes.of(job.workload, policy).extends
-    stays = ("home", "slots") if job.hardware.topology.host_attends(policy) and not in_parts else ()
+    stays: tuple[str, ...] = ()
+    if job.hardware.topology.host_attends(policy):
+        if policy.reserves(job.workload.gen_len):
+            stays = ("home",)
+        elif not Passes.of(job.workload, policy).extends:
+            stays = ("home", "slots")
     return sum(
         need.nbytes
         for need in plan.needs
@@ -211,6 +210,35 @@ def _copied(plan: MemoryPlan, job: Job, policy: Policy) -> int:
         and need.role != "workspace"
         and not (need.what == "cache" and need.role in stays)
     )
+
+
+def _groups(
+    job: Job, policy: Policy, model: PlacedModel, slots: Slots, samples: int | None
+) -> tuple[list[_Block], list[RefilledBlock]]:
+    """The blocks of all groups, with those that compute their prefixes, and the ones of them whose rows end early."""
+    workload = job.workload
+    sizes = grouped(workload, policy).group_sizes
+    blocks: dict[int, list[_Block]] = {}  # by the size of the group
+    refilled: dict[int, RefilledBlock] = {}
+    for size in dict.fromkeys(sizes):
+        if refills(workload, policy):
+            one = replace(job, workload=replace(workload, num_prompts=size, groups=1))
+            refilled[size] = refilled_block(one, policy, model, slots)
+            blocks[size] = [_refilled(refilled[size])]
+        else:
+            full, rest = divmod(size, policy.block_size)
+            shapes = [policy.block_size] * full + ([rest] if rest else [])
+            made = {prompts: _block(job, policy, model, prompts, slots, samples) for prompts in set(shapes)}
+            blocks[size] = [made[prompts] for prompts in shapes]
+    prefix = [
+        _block(replace(job, workload=part), prefix_policy(policy), model, 1, prefix_slots(slots), None)
+        for part in prefix_workloads(workload, policy)
+    ]
+    # The next groups use the first parts of the prefix again.
+    all_blocks = [*prefix, *blocks[sizes[0]]]
+    for size in sizes[1:]:
+        all_blocks += [*prefix[-1:], *blocks[size]]
+    return all_blocks, [refilled[size] for size in sizes if refilled]
 
 
 def _refilled(refilled: RefilledBlock) -> _Block:

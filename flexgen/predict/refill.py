@@ -6,7 +6,7 @@ The passes are those of the runtime, from the same rule (`schedule/admission.py`
 
 from __future__ import annotations
 
-import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,8 +14,9 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
+from flexgen.layout.cache_pool import CachePool, cache_pool
 from flexgen.layout.passes import Passes
-from flexgen.layout.plan import batch_sizes
+from flexgen.layout.plan import batch_sizes, room_sizes
 from flexgen.policy import Policy
 from flexgen.predict.costs import CostedBlock, StepCosts
 from flexgen.predict.job import Job
@@ -24,8 +25,9 @@ from flexgen.predict.placed import PlacedModel
 from flexgen.predict.timeline import Timeline, play_with_losses, works_of
 from flexgen.results.report import ByPhase, PlacesUsed, Stage
 from flexgen.results.trace import LaneName, Phase
-from flexgen.schedule.admission import gathered, regrouped, unmoved
+from flexgen.schedule.admission import between, entry_cells, gathered, regrouped, reseated
 from flexgen.schedule.orders import Slots
+from flexgen.schedule.seats import Seats
 from flexgen.schedule.steps import Op
 from flexgen.workload import Workload
 
@@ -35,14 +37,23 @@ _COPIES = 2
 """A row that moves is copied to temporary memory and back."""
 
 
+def refills(workload: Workload, policy: Policy) -> bool:
+    """Whether rows end or are put back in different passes, so that prompts enter while other rows decode."""
+    ends_apart = workload.mean_new is not None or workload.tokens_in_pass(policy.guess) > 1
+    return ends_apart or policy.reserves(workload.gen_len) or Passes.of(workload, policy).rows > 0
+
+
 @dataclass(frozen=True)
 class RefilledPass:
     """One pass of a block.
 
-    rows: of each batch. tokens: of each batch, the new token of the rows that have the most, as in `Passes`.
+    rows: of each cell of a layer. tokens: of each, the new token of the rows that have the most, as in `Passes`. If
+    prompts enter in the places of single rows, it is the mean.
     live: the number of rows that get a new token. moved: the cached tokens that were copied before the pass, summed
     over rows. begins: whether a run begins with it, because the batches before it were others. cut: whether its run
-    ends with it and before the last pass of its grid, so that loads for the next pass were issued in vain.
+    ends with it and before the last pass of its grid, so that loads for the next pass were issued in vain. put_back:
+    the number of rows that are put back to wait after it. A part of such a row that is computed again counts as a
+    prompt. alone: whether its run consists of this pass.
     """
 
     rows: tuple[int, ...]
@@ -52,10 +63,12 @@ class RefilledPass:
     moved: int = 0
     begins: bool = True
     cut: bool = True
+    put_back: int = 0
+    alone: bool = False
 
     @property
     def entering(self) -> int:
-        """The number of batches whose prompts are computed."""
+        """The number of cells that compute prompts."""
         return sum(token <= 0 for token in self.tokens)
 
     @property
@@ -68,38 +81,67 @@ class RefilledPass:
         return sum(self.tokens) / len(self.tokens)
 
 
-def refilled_passes(answers: Sequence[int], policy: Policy, passes: Passes) -> Iterator[RefilledPass]:
-    """The passes of a block whose prompts have these numbers of new tokens, up to the end of the last row."""
+def refilled_passes(
+    answers: Sequence[int], policy: Policy, passes: Passes, pool: CachePool | None = None
+) -> Iterator[RefilledPass]:
+    """The passes of a block whose prompts have these numbers of new tokens, up to the end of the last row.
+
+    pool: the pages that its batches share; None if each batch has all of its own.
+    """
+    if passes.rows:
+        yield from _by_place(answers, policy, passes)
+        return
     sizes, longest, lead = batch_sizes(policy, len(answers)), max(answers), -passes.first
-    seated = sum(sizes)
+    seated, made = sum(sizes), [0] * len(answers)  # made: the new tokens of rows that were put back
     batches = [list(range(*ends)) for ends in pairwise(accumulate(sizes, initial=0))]
     waiting = [list(range(n, min(n + sizes[0], len(answers)))) for n in range(seated, len(answers), sizes[0])]
     began = dict.fromkeys(range(seated), lead)
     ended = [False] * len(answers)
-    number, stage, begins, moved = 0, Stage.FILL, True, 0
+    number, stage, begins, moved, entered = 0, Stage.FILL, True, 0, False
     while batches:
         first = [min(began[row] for row in batch) for batch in batches]
+        origins = [min(began[row] - made[row] for row in batch) for batch in batches]
         running = [row for batch in batches for row in batch if not ended[row] and began[row] <= number]
         for row in running:
-            ended[row] = number - began[row] + 1 >= answers[row]
+            ended[row] = made[row] + number - began[row] + 1 >= answers[row]
         number += 1
         entering = [k for k, begin in enumerate(first) if begin >= number]
-        left = max((longest - number + began[row] for b in batches for row in b if not ended[row]), default=0)
+        live = [row for batch in batches for row in batch if not ended[row]]
+        left = max((longest - number + began[row] - made[row] for row in live), default=0)
         # As in `NewTokens.following`: whether a row has all of its tokens.
-        last = longest - number + min(first) < 1
+        last = longest - number + min(origins) < 1
         kept: list[list[int]] | None
-        if policy.guess:
-            kept = unmoved(batches, ended, entering)
-        elif last:
+        if last and not policy.guess:
             kept = gathered(batches, ended, entering)
         else:
             kept = regrouped(batches, ended, left, entering, bool(waiting))
-        following = batches if kept is None else [*kept, *waiting[: len(sizes) - len(kept)]]
+        following, put_back = batches if kept is None else kept, list[list[int]]()
+        if pool is not None:
+            lengths = [passes.width + count for count in made]
+            seats = Seats(len(sizes), number - 1, lengths, began, pool.fits)
+            following, put_back = seats.following(following, waiting)
+        elif kept is not None:
+            following = [*kept, *waiting[: len(sizes) - len(kept)]]
         changed = following != batches
-        tokens = tuple(number - 1 - begin for begin in first)
-        yield RefilledPass(
-            tuple(map(len, batches)), tokens, len(running), stage, moved, begins, changed and not last
+        tokens = tuple(
+            number - 1 - origin if begin < number - 1 else max(number - 1 - begin, passes.first)
+            for begin, origin in zip(first, origins, strict=True)
         )
+        put_back = [[row for row in batch if not ended[row]] for batch in put_back]
+        yield RefilledPass(
+            tuple(map(len, batches)),
+            tokens,
+            len(running),
+            stage,
+            moved,
+            begins,
+            changed and not last,
+            put_back=sum(map(len, put_back)),
+        )
+        for rows in put_back:
+            for row in rows:
+                made[row] += max(number - began.pop(row), 0)
+            waiting.insert(0, sorted(rows, key=made.__getitem__))
         moved, begins = 0, changed
         if not changed:
             continue
@@ -107,30 +149,64 @@ def refilled_passes(answers: Sequence[int], policy: Policy, passes: Passes) -> I
         for batch in following:
             if batch[0] not in began:
                 waiting.remove(batch)
-                began.update(dict.fromkeys(batch, number + lead))
-                stage = Stage.STEADY
+                ahead = -passes.first_of(passes.width + max(made[row] for row in batch))
+                began.update(dict.fromkeys(batch, number + ahead))
+                entered = True
             elif frozenset(batch) not in before:
-                moved += sum(passes.width + number - began[row] for row in batch)
-        if stage is Stage.STEADY and not waiting:
-            stage = Stage.DRAIN
+                moved += sum(passes.width + made[row] + number - began[row] for row in batch)
+        if entered:
+            stage = Stage.STEADY if waiting else Stage.DRAIN
         batches = following
+
+
+def _by_place(answers: Sequence[int], policy: Policy, passes: Passes) -> Iterator[RefilledPass]:
+    """The passes of a block in which prompts enter in the places of single rows."""
+    sizes = batch_sizes(policy, len(answers))
+    batches = [list(range(*ends)) for ends in pairwise(accumulate(sizes, initial=0))]
+    waiting, seats = list(range(sum(sizes), len(answers))), sum(sizes)
+    new, stage, begins = [0] * len(answers), Stage.FILL, True
+    while any(batches):
+        computed = [count > 0 for count in new]
+        entry = entry_cells(batches, computed, passes.rows, passes.rows_of_cell)
+        live = [[row for row in batch if computed[row] and new[row] < answers[row]] for batch in batches]
+        decode = []
+        for batch, some in zip(batches, live, strict=True):
+            if some := some or [row for row in batch if computed[row]]:
+                decode.append((len(batch), round(sum(new[row] for row in some) / len(some))))
+        rows, tokens = zip(*between(decode, [(len(places), 0) for _, places in entry]), strict=True)
+        running = [row for some in live for row in some]
+        running += [row for k, places in entry for row in batches[k][places.start : places.stop]]
+        for row in running:
+            new[row] += 1
+        ended = [count >= most for count, most in zip(new, answers, strict=True)]
+        seated = reseated(batches, ended, [count > 0 for count in new], waiting, passes.rows)
+        changed = bool(entry) or seated != batches
+        yield RefilledPass(rows, tokens, len(running), stage, 0, begins, changed and not entry, bool(entry))
+        batches, begins = seated, changed
+        seats = max(seats, *(1 + row for batch in batches for row in batch), 0)
+        waiting = list(range(seats, len(answers)))
+        if seats > sum(sizes):
+            stage = Stage.STEADY if waiting else Stage.DRAIN
 
 
 @dataclass(frozen=True)
 class RefilledBlock:
     """Seconds of the passes in which prompts enter and of the others, seconds of each lane alone by phase, the stages
-    of the block, the new tokens, and the timelines of the passes that were timed, with their tokens."""
+    of the block, the new tokens, the number of rows that were put back, and the timelines of the passes that were
+    timed, with their tokens."""
 
     prefill: float
     decode: float
     phases: ByPhase
     stages: dict[Stage, PlacesUsed]
     new_tokens: int
+    put_back: int
     timed: Sequence[tuple[int, Timeline]] = field(repr=False)
 
 
 def refilled_block(job: Job, policy: Policy, model: PlacedModel, slots: Slots) -> RefilledBlock:
-    """The prediction of a workload with `mean_new`. A cache on disk is not charged for the pages that it writes.
+    """The prediction of a workload whose rows end or are put back in different passes. A cache on disk is not charged
+    for the pages that it writes.
 
     slots: those of a full block.
     """
@@ -138,20 +214,22 @@ def refilled_block(job: Job, policy: Policy, model: PlacedModel, slots: Slots) -
     simulated = min(workload.num_prompts, _BLOCKS * policy.block_size)
     part = replace(workload, num_prompts=simulated)
     # With guesses, a row needs fewer passes. The growth of its cache from pass to pass is that of one token.
-    in_pass = workload.tokens_in_pass(policy.guess)
-    answers = [1 + math.ceil((new - 1) / in_pass) for new in part.answers()]
-    passes = list(refilled_passes(answers, policy, Passes.of(workload, policy)))
+    shape = room_sizes(policy, part.num_prompts, part.gen_len), part
+    pool = cache_pool(model.layers, policy, *shape, model.placement.dtype, job.hardware.topology)
+    passes = list(refilled_passes(part.passes(policy.guess), policy, Passes.of(workload, policy), pool))
     times = _PassTimes(job, policy, model, slots, passes)
     # The prompts that are not simulated repeat the steady stage.
     repeats = 1 + (workload.num_prompts - simulated) / max(simulated - 2 * places, 1)
     seconds = dict.fromkeys(Phase, 0.0)
     phases: dict[Phase, dict[LaneName, float]] = {phase: {} for phase in Phase}
     spent, live, count = (dict.fromkeys(Stage, 0.0) for _ in range(3))
+    put_back = 0.0
     for one in passes:
         weight = repeats if one.stage is Stage.STEADY else 1.0
         phase = Phase.PREFILL if one.entering else Phase.DECODE
         took, lanes = times.of(one)
         seconds[phase] += weight * took
+        put_back += weight * one.put_back
         spent[one.stage] += weight * took
         live[one.stage] += one.live
         count[one.stage] += places
@@ -160,8 +238,27 @@ def refilled_block(job: Job, policy: Policy, model: PlacedModel, slots: Slots) -
     stages = {stage: PlacesUsed(spent[stage], live[stage] / count[stage]) for stage in Stage if count[stage]}
     new_tokens = round(sum(part.answers()) * workload.num_prompts / simulated)
     return RefilledBlock(
-        seconds[Phase.PREFILL], seconds[Phase.DECODE], phases, stages, new_tokens, times.timed
+        seconds[Phase.PREFILL],
+        seconds[Phase.DECODE],
+        phases,
+        stages,
+        new_tokens,
+        round(put_back),
+        times.timed,
     )
+
+
+def all_stages(blocks: Sequence[RefilledBlock]) -> dict[Stage, PlacesUsed]:
+    """The stages of blocks that run one after another; none if no prompt enters where rows have ended."""
+    seconds: dict[Stage, float] = defaultdict(float)
+    in_use: dict[Stage, float] = defaultdict(float)
+    for block in blocks:
+        for stage, found in block.stages.items():
+            seconds[stage] += found.seconds
+            in_use[stage] += found.seconds * found.used
+    if len(seconds) < 2:
+        return {}
+    return {stage: PlacesUsed(took, in_use[stage] / took) for stage, took in seconds.items()}
 
 
 class _PassTimes:
@@ -201,8 +298,9 @@ class _PassTimes:
         """The seconds of a pass, those until the steps that are issued ahead are done, and those of each lane."""
         job, batches, layers = self._job, len(one.rows), len(self._model.layers)
         # A pass that begins a run comes first; others have one before them. One after them has its weights loaded.
-        ahead = range(2) if one.begins else range(-1, 2)
-        tokens = [tuple(token + n for token in one.tokens) for n in ahead]
+        ahead = range(1) if one.alone else range(2) if one.begins else range(-1, 2)
+        begin = Passes.of(job.workload, self._policy).first  # before a row's last part, there is another one
+        tokens = [tuple(max(token + n, begin) for token in one.tokens) for n in ahead]
         order = job.order_for(self._policy, batches)
         block = CostedBlock(sum(one.rows), order, tokens, batches=one.rows)
         costs = StepCosts(self._model, self._policy, job.workload, block)
@@ -221,6 +319,8 @@ class _PassTimes:
                 for chain in work:
                     for lane, seconds in chain:
                         lanes[lane] = lanes.get(lane, 0.0) + seconds
+        if one.alone:
+            return timeline.span, 0.0, lanes
         return known[n + 1] - known[n], max(rest, 0.0), lanes
 
     @cached_property

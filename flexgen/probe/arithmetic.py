@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from types import SimpleNamespace
@@ -17,6 +17,8 @@ from flexgen.kernels.attention import decode_attention
 from flexgen.kernels.heads import HeadFormat
 from flexgen.kernels.quantized import EVERY_ROW, QuantizedMatrix
 from flexgen.kernels.scoring import Scoring
+from flexgen.kernels.tape import record, replay
+from flexgen.layout.tapes import MOST_BYTES, temporary_bytes
 from flexgen.memory.device import ComputeDevice
 from flexgen.memory.store import Store, tensor_at
 from flexgen.models import WeightSpec, open_model
@@ -25,6 +27,7 @@ from flexgen.models.dummy import DummyCheckpoint
 from flexgen.models.layer import Context
 from flexgen.models.ops import causal_attention
 from flexgen.models.sources import Source
+from flexgen.models.spec import ModelSpec
 from flexgen.predict.hardware import Points
 from flexgen.probe.effort import Effort, Stopwatch
 from flexgen.quant import Codec
@@ -47,16 +50,15 @@ class ArithmeticProbe:
         self._dtype = dtype
         self._effort = effort
         self._watch = watch
-        from transformers import OPTConfig  # takes seconds, and few processes measure
+        from transformers import LlamaConfig  # takes seconds, and few processes measure
 
-        config = OPTConfig(
+        config = LlamaConfig(
             hidden_size=effort.hidden,
-            word_embed_proj_dim=effort.hidden,
-            ffn_dim=4 * effort.hidden,
+            intermediate_size=4 * effort.hidden,
             num_attention_heads=effort.heads,
             num_hidden_layers=1,
         )
-        self._spec = open_model(config, "dummy")[0]
+        self._spec = _without_rope(open_model(config, "dummy")[0])
         self.layer = Block(self._spec, 0)
         self._checkpoint = DummyCheckpoint()
         self._owned: list[tuple[Store, Tensor]] = []
@@ -115,13 +117,14 @@ class ArithmeticProbe:
 
     def multiplying(self, rows: int) -> Callable[[], object]:
         """The work of `products` with `rows` rows. It is valid until `release`."""
-        return partial(self._forward, self._rows(rows), self._ring(self._plain))
+        return self._in_turn(self._rows(rows), self._layers(self._plain))
 
     def _rates(self, form: Callable[[WeightSpec], Any], rows: Sequence[int]) -> Points:
-        weights = self._ring(form)
+        layers = self._layers(form)
         points = []
         for tokens in rows:
-            work = partial(self._forward, self._rows(tokens), weights)
+            x = self._rows(tokens)
+            work = self._repeated(x, layers) or self._in_turn(x, layers)
             seconds = self._watch.seconds(work, self._device.wait_for_compute)
             seconds = self.without_launches(seconds, self._layer_launches)
             points.append((float(tokens), self.layer.product_flops(tokens, 1, 1) / seconds))
@@ -157,18 +160,47 @@ class ArithmeticProbe:
     def _rows(self, tokens: int) -> Tensor:
         return torch.randn(tokens, 1, self._spec.hidden_size).to(self._device.torch_device, self._dtype)
 
-    def _ring(self, form: Callable[[WeightSpec], Any]) -> Iterator[dict[str, Any]]:
-        """An endless cycle over the weights of enough layers for a working set."""
+    def _layers(self, form: Callable[[WeightSpec], Any]) -> list[dict[str, Any]]:
+        """The weights of enough layers for a working set."""
         one = {weight.name: form(weight) for weight in self.layer.weights}
         count = self._count(sum(_nbytes(tensor) for tensor in one.values()))
         others = [{weight.name: form(weight) for weight in self.layer.weights} for _ in range(count - 1)]
-        return itertools.cycle([one, *others])
+        return [one, *others]
 
-    def _forward(self, x: Tensor, weights: Iterator[dict[str, Any]]) -> None:
+    def has_tapes(self) -> bool:
+        """Whether the runtime repeats the cells of such a layer from tapes."""
+        repeated = self._tiny._repeated(self._tiny._rows(1), self._tiny._layers(self._tiny._plain))
+        self._tiny.release()
+        return repeated is not None
+
+    def _in_turn(self, x: Tensor, layers: Sequence[dict[str, Any]]) -> Callable[[], object]:
+        """The computation of one of the layers after the other, without end."""
+        ring = itertools.cycle(layers)
+        return lambda: self._forward(x, next(ring))
+
+    def _repeated(self, x: Tensor, layers: Sequence[dict[str, Any]]) -> Callable[[], object] | None:
+        """`_in_turn` from tapes, or None if the runtime has no tapes of such layers.
+
+        The time of the code between the kernels is in `fixed.cell`: it depends little on the layer.
+        """
+        if self._device.torch_device.type != "cpu":
+            return None
+        if temporary_bytes(self.layer, len(x), self._dtype) > MOST_BYTES:
+            return None
+        tapes = []
+        for layer in layers:
+            _, tape = record(partial(self._forward, x, layer))
+            if tape is None:
+                return None
+            tapes.append(tape)
+        ring = itertools.cycle(tapes)
+        return lambda: replay([next(ring)], 0)
+
+    def _forward(self, x: Tensor, weights: dict[str, Any]) -> Tensor:
         """Compute a layer without attention: the products with norms, biases and residual connections."""
-        here, context = next(weights), SimpleNamespace(positions=None, text_length=None)
-        q, _, _ = self.layer.qkv(x, here, cast(Context, context))
-        self.layer.output(q, x, here)
+        context = SimpleNamespace(positions=None, text_length=None)
+        q, _, _ = self.layer.qkv(x, weights, cast(Context, context))
+        return self.layer.output(q, x, weights)
 
     def _plain(self, weight: WeightSpec) -> Tensor:
         return self._place(self._checkpoint.read(weight, self._dtype))
@@ -269,6 +301,12 @@ class ArithmeticProbe:
         """A copy in the memory that the engine uses for such data."""
         place = tensor_at(self._take(tensor.nbytes, store), 0, tensor.shape, tensor.dtype)
         return place.copy_(tensor)
+
+
+def _without_rope(spec: ModelSpec) -> ModelSpec:
+    """The model without positions: their time is measured with attention."""
+    plain = (replace(layer, attention=replace(layer.attention, rope=None)) for layer in spec.layers)
+    return replace(spec, layers=tuple(plain))
 
 
 def _nbytes(tensor: Any) -> int:

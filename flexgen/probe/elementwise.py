@@ -31,6 +31,8 @@ _NARROWER = 8
 _FEWER = 32
 """The second point has fewer values by this factor. They fit in a processor cache; those of the first do not."""
 _LEAST_SHARE = 0.1
+_GROUP = 4
+"""Heads that share keys and values."""
 _PROMPT = 32
 """The tokens of a prompt so short that its attention has little arithmetic."""
 _MOST = 0.5
@@ -95,9 +97,10 @@ class ElementwiseProbe:
     def around_attention(self, rate: float) -> float:
         """The seconds per value of queries, keys, values and attention output. `rate`: flop/s of prompt attention.
 
-        They include rotary positions, which most families have.
+        They include rotary positions, which most families have. The heads are as many as those of wide layers, and
+        share keys and values: the work around attention depends on their sizes, not on that of the projections.
         """
-        spec = self._narrow.layer.spec
+        spec = _with_heads(self._narrow.layer.spec, self._wide.spec)
         layer, rotated, checkpoint = Attention(spec, 0), Attention(_with_rope(spec), 0), DummyCheckpoint()
         weights = {
             weight.name: checkpoint.read(weight, self._dtype).to(self._device.torch_device)
@@ -117,10 +120,17 @@ class ElementwiseProbe:
             whole, products = (self._watch.seconds(work, self._settle) for work in (forward, multiply))
             return max(whole - products, 0.0)
 
-        rows = spec.chunk_tokens // _PROMPT + 1  # enough that the layer works in chunks, as with many prompts
+        rows = max(self._most // _PROMPT, 1)
         seconds = self._narrow.without_launches(around(rows), lambda: around(1))
         seconds -= layer.attention_flops(rows, _PROMPT, _PROMPT) / rate
         return max(seconds, 0.0) / (rows * _PROMPT * 2 * (own.q_size + own.kv_size))
+
+
+def _with_heads(narrow: ModelSpec, wide: ModelSpec) -> ModelSpec:
+    """The narrow model with the heads of the wide one, of which several share keys and values."""
+    own = wide.layers[0].attention
+    shared = replace(own, kv_heads=max(own.heads // _GROUP, 1))
+    return replace(narrow, layers=tuple(replace(layer, attention=shared) for layer in narrow.layers))
 
 
 def _with_rope(spec: ModelSpec) -> ModelSpec:

@@ -115,8 +115,8 @@ def within(effort: Effort, memory: int, where: str) -> Effort:
         )
     share = memory // 8 // BLOCK * BLOCK
     hidden, heads = effort.hidden, effort.heads
-    # Attention and the feed-forward half of a layer have 12 matrices of hidden x hidden values.
-    while heads % 2 == 0 and 12 * hidden**2 * torch.float32.itemsize > memory // 4:
+    # Attention and the feed-forward half of a layer have 16 matrices of hidden x hidden values.
+    while heads % 2 == 0 and 16 * hidden**2 * torch.float32.itemsize > memory // 4:
         hidden, heads = hidden // 2, heads // 2
     return replace(
         effort,
@@ -266,12 +266,9 @@ class _Measurement:
                 f"packed products {name}",
                 partial(self._put, "packed_products", name, probe.packed_products),
             )
-        # Not needed for a half type that the device stores but does not compute in.
-        computed = device.fast_dtype(dtype) is dtype
         brief = replace(self._effort.sampling, seconds=self._effort.sampling.seconds / 2)
         narrow = ElementwiseProbe(probe, device, dtype, self._effort, Stopwatch(brief, self._clock))
-        if computed:
-            yield f"element-wise work {name}", partial(self._find_elementwise, narrow, name)
+        yield f"element-wise work {name}", partial(self._find_elementwise, narrow, name)
         for codec in CODECS.values():
             key = f"{name} {codec.name}"
             yield f"products {key}", partial(self._find_encoded, probe, narrow, key, codec)
@@ -280,8 +277,7 @@ class _Measurement:
             f"attention of a prompt, {name}",
             partial(self._put, "prefill_attention", name, probe.prompt_attention),
         )
-        if computed:
-            yield f"around attention, {name}", partial(self._find_around_attention, narrow, name)
+        yield f"around attention, {name}", partial(self._find_around_attention, narrow, name)
         head_dim = self._effort.hidden // self._effort.heads
         forms: dict[str, HeadFormat] = {name: PlainHeads(head_dim, dtype)}
         # An encoded cache has the same bytes for every dtype, so one dtype is enough.
@@ -323,9 +319,10 @@ class _Measurement:
         links = (LaneName.HOST,) if shared else (LaneName.TO_DEVICE, LaneName.FROM_DEVICE)
         self._fixed["stage"] = self._links.latency(links)
         self._fixed["disk_job"] = self._links.latency((LaneName.DISK_READ,))
-        dtype = self._device.fast_dtype(torch.float16)
-        cell, attention = cell_seconds(self._machine, self._lanes, dtype, self._effort)
-        self._fixed |= {"cell": cell, "attention": attention}
+        device = self._device
+        dtype = device.fast_dtype(torch.float16)
+        probe = ArithmeticProbe(device, dtype, self._effort, self._watch)
+        self._fixed |= cell_seconds(self._machine, self._lanes, dtype, self._effort, probe.has_tapes())
 
     def _find_interference(self) -> None:
         """Measure how each pair of lanes slows down, and for the prefill each lane together with the computation."""

@@ -172,7 +172,10 @@ def test_it_cannot_be_changed(machine):
         (dict(compute_capability=-1), "compute_capability is -1; it must be at least 0"),
         (dict(compute_capability="8.6"), "compute_capability is '8.6'; it must be a finite number"),
         (dict(fixed={"cell": -1}), "fixed.cell is -1; it must be at least 0 seconds"),
-        (dict(fixed={"cells": 1}), "unknown key 'cells' in fixed; known: cell, attention, stage, disk_job"),
+        (
+            dict(fixed={"cells": 1}),
+            "unknown key 'cells' in fixed; known: cell, attention, recorded, joined, encoded, ids, stage, disk_job",
+        ),
         (dict(name=3), "name is 3; it must be a string"),
     ],
 )

@@ -39,18 +39,18 @@ def probe_of(*times, effort=EFFORT):
 
 
 def took(layer_hidden, tokens):
-    """A layer of four projections and two matrices to and from four times the width."""
-    return tokens * (2 * 12 * layer_hidden**2 / RATE + 18 * layer_hidden * EACH)
+    """A layer of four projections and three matrices to and from four times the width."""
+    return tokens * (2 * 16 * layer_hidden**2 / RATE + 23 * layer_hidden * EACH)
 
 
 def test_time_per_value_and_per_flop_are_separated():
-    wide_rate = 2 * 12 * 128**2 / took(128, 1)
+    wide_rate = 2 * 16 * 128**2 / took(128, 1)
     rates = ((1.0, wide_rate), (512.0, wide_rate))
     few, many = 2 * 8, 64 * 8
     probe, wide = probe_of(took(16, few), took(16, many))
-    assert layer_numbers(wide) == 18 * 128
+    assert layer_numbers(wide) == 23 * 128
     found = probe.seconds_of_numbers(rates)
-    assert [numbers for numbers, _ in found] == [few * 18 * 16, many * 18 * 16]
+    assert [numbers for numbers, _ in found] == [few * 23 * 16, many * 23 * 16]
     assert [each for _, each in found] == pytest.approx([EACH, EACH])
     # Both together are the time of wide layers.
     assert [rate for _, rate in probe.alone(rates, found)] == pytest.approx([RATE, RATE])
@@ -69,11 +69,12 @@ def test_noise_is_ignored():
 
 
 def test_around_attention_is_the_rest_after_projections_and_flops():
-    effort = Effort(hidden=64, heads=4, rows=(4,), working_set=1)
-    rows, tokens, hidden, rate = 4096 // 32 + 1, 32, 8, 1e9
+    """The heads are those of wide layers. Four of them share keys and values."""
+    effort = Effort(hidden=64, heads=4, rows=(96,), working_set=1)
+    rows, tokens, hidden, rate = 96 // 32, 32, 64, 1e9
     flops = 4 * rows * (tokens * (tokens + 1) // 2) * hidden
     probe, _ = probe_of(0.5 + flops / rate, 0.2, effort=effort)
-    assert probe.around_attention(rate) == pytest.approx(0.3 / (rows * tokens * 4 * hidden))
+    assert probe.around_attention(rate) == pytest.approx(0.3 / (rows * tokens * 2 * (hidden + hidden // 4)))
     probe, _ = probe_of(0.2, 0.5, effort=effort)
     assert probe.around_attention(rate) == 0
 

@@ -41,7 +41,7 @@ def test_the_second_use_does_not_measure(calls, tmp_path):
 
 def test_capacity_is_asked_at_every_use(calls, monkeypatch):
     cache.measured("cpu")
-    monkeypatch.setattr("flexgen.memory.machine.available_bytes", lambda: 2_000_000)
+    monkeypatch.setattr("flexgen.memory.machine.available_bytes", lambda cached: 2_000_000)
     assert cache.measured("cpu").capacity[Tier.CPU] == 1_900_000
     assert calls == ["cpu"]
 

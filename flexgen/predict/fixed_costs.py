@@ -1,0 +1,54 @@
+"""The fixed seconds of cells: of those that a layer's code computes, and of those that a CPU repeats from tapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flexgen.layout.hidden import hidden_layout
+from flexgen.layout.passes import Passes
+from flexgen.layout.tapes import MIN_TOKENS, MOST_BYTES, recordable, temporary_bytes
+from flexgen.policy import Policy
+from flexgen.predict.placed import PlacedModel
+from flexgen.workload import Workload
+
+_RECORDED_IN = 1
+"""The pass that records cells. Later passes repeat them."""
+
+
+class FixedCosts:
+    """The fixed seconds of the cells of a block.
+
+    sizes: the rows of each batch.
+    gathers_rows: whether the rows of the embedding table for the ids are gathered before the first layer.
+    """
+
+    def __init__(
+        self, model: PlacedModel, policy: Policy, workload: Workload, sizes: Sequence[int], gathers_rows: bool
+    ) -> None:
+        self._fixed = fixed = model.hardware.fixed
+        self._model = model
+        self._shares: dict[int, float] = {}  # of the cells of equal layers, those that are repeated
+        passes, topology = Passes.of(workload, policy), model.hardware.topology
+        # Rows that end early leave rows of different lengths, whose cells are not recorded.
+        if not fixed.recorded or workload.mean_new is not None or workload.gen_len <= MIN_TOKENS:
+            self._each = 0.0
+            return
+        layers = recordable(model.layers, model.placement, policy, passes, topology)
+        dtype = model.placement.dtype
+        nbytes = sum(temporary_bytes(model.layers[j], rows, dtype) for j in layers for rows in sizes)
+        share = min(MOST_BYTES / nbytes, 1.0) if nbytes else 0.0
+        kinds = model.alike.cells
+        for kind in set(kinds):
+            equal = [j for j, other in enumerate(kinds) if other == kind]
+            self._shares[kind] = share * len(set(equal) & set(layers)) / len(equal)
+        hidden = hidden_layout(model.layers[0].spec, policy, sizes[0], dtype, topology)
+        moves = gathers_rows or hidden.away or any(layout.runs for layout in model.layouts)
+        alone = len(sizes) == 1 and len(layers) == len(model.layers) - 1 and not moves and not policy.guess
+        self._each = fixed.joined if alone else fixed.recorded
+
+    def of_cell(self, index: int, token: int) -> float:
+        """The fixed seconds of a cell. index: the first of the equal layers."""
+        layer, fixed = self._model.layers[index], self._fixed
+        computed = fixed.cell + (fixed.attention if layer.has_cache else 0.0)
+        share = self._shares.get(index, 0.0) if token > _RECORDED_IN else 0.0
+        return (1 - share) * computed + share * self._each
