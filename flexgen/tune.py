@@ -30,9 +30,12 @@ from flexgen.cli.flags import (
     run,
 )
 from flexgen.cli.help import HelpFormatter
+from flexgen.cli.prompts import at_line, encoded, read_prompts
 from flexgen.engine.auto import USUAL, own_order, this_machine
-from flexgen.errors import RequestError
+from flexgen.engine.text import load_tokenizer
+from flexgen.errors import FlexGenError, RequestError
 from flexgen.models import ModelSpec, open_model
+from flexgen.models.checkpoint import Checkpoint
 from flexgen.policy import Auto, Policy
 from flexgen.predict.job import Job
 from flexgen.probe.measured import find_hardware
@@ -40,6 +43,9 @@ from flexgen.results.report import Report
 from flexgen.search.frontier import Point, draw, find_frontier, frontier_table, plotter
 from flexgen.tuning.rounds import Effort, Tuning, trials_table
 from flexgen.workload import Workload
+
+_OPENING = "model", "weights", "device", "dtype", "offload_dir", "fast_start"
+"""The flags that are arguments of `OptLM`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,8 +64,13 @@ def tune(args: argparse.Namespace) -> None:
         raise RequestError(
             "--hardware describes another machine, where no trials can run; add --simulate-only"
         )
+    if args.prompts and (args.simulate_only or args.weights == "dummy"):
+        raise RequestError(
+            "--prompts measures guesses in the text of the model: leave --simulate-only and --weights dummy out"
+        )
     plot = plotter() if args.frontier else None
-    spec, _ = open_model(args.model, "dummy" if args.simulate_only else args.weights)
+    spec, checkpoint = open_model(args.model, "dummy" if args.simulate_only else args.weights)
+    prompts = read_ids(args.prompts, spec, checkpoint) if args.prompts else []
     hardware = (
         find_hardware(args.hardware, args.device, args.offload_dir)
         if args.hardware
@@ -71,7 +82,7 @@ def tune(args: argparse.Namespace) -> None:
         Auto(fixed_fields(args), args.lossy),
         effort=Effort(args.top, args.rounds, args.repeats, args.trial_seconds, args.seed),
         opening={
-            **{name: getattr(args, name) for name in ("model", "weights", "device", "dtype", "offload_dir")},
+            **{name: getattr(args, name) for name in _OPENING},
             "progress": False,
         },
     )
@@ -80,6 +91,8 @@ def tune(args: argparse.Namespace) -> None:
     try:
         if not args.simulate_only:
             tuning.run()
+        if prompts:
+            tuning.try_guesses(prompts)
         points = find_frontier(tuning.find, tuning.workload)
     except KeyboardInterrupt as interrupt:
         interrupted = interrupt
@@ -108,10 +121,23 @@ def tune(args: argparse.Namespace) -> None:
             "search": tuning.search.line(),
             "tried": [tried.to_dict() for tried in tuning.tried],
             "frontier": [[point.prompts, point.seconds, point.tokens_s] for point in points],
+            "guesses": tuning.guesses.to_dict() if tuning.guesses else {},
         }
         args.json.append(json.dumps(found))
     if interrupted:
         raise interrupted
+
+
+def read_ids(path: str, spec: ModelSpec, checkpoint: Checkpoint) -> list[list[int]]:
+    """The ids of the prompts in a file. Raises RequestError for an invalid prompt, and ModelError without a
+    tokenizer."""
+    lines, tokenizer, ids = read_prompts(path), load_tokenizer(checkpoint.directory, spec.name), []
+    for line in lines:
+        try:
+            ids.append(encoded(tokenizer, line))
+        except FlexGenError as error:
+            raise at_line(path, line.number, error) from None
+    return ids
 
 
 def result(args: argparse.Namespace, spec: ModelSpec, tuning: Tuning) -> tuple[Policy, str, str]:
@@ -139,7 +165,11 @@ def result(args: argparse.Namespace, spec: ModelSpec, tuning: Tuning) -> tuple[P
         )
     else:
         lines.append("Measured: no run.")
-    return candidate.policy, predicted.order, "\n".join([*lines, f"Run it: {command(args, named)}"])
+    policy, guesses = candidate.policy, tuning.guesses
+    if guesses:
+        policy = guesses.policy
+        lines.append(f"On prompts of the job: {guesses}. The other figures are without guesses.")
+    return policy, predicted.order, "\n".join([*lines, f"Run it: {command(args, named)}"])
 
 
 def command(args: argparse.Namespace, order: str | None) -> str:
@@ -200,6 +230,11 @@ def make_parser() -> argparse.ArgumentParser:
         add(f"--{name.replace('_', '-')}", type=count, default=getattr(USUAL, name), metavar="N", help=what)
     add_prefix_flag(parser)
     add_mean_new_flag(parser)
+    add(
+        "--prompts",
+        metavar="FILE",
+        help="prompts of the job, as for flexgen.batch; try guesses of next tokens on them",
+    )
     add(
         "--top",
         type=count,

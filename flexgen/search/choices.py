@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import cached_property
 
 import numpy as np
 
 from flexgen.errors import HardwareError, PolicyError
+from flexgen.models import ModelSpec
 from flexgen.models.mlp_spec import MixtureSpec
 from flexgen.policy import CODECS as NAMES
 from flexgen.policy import STORED, Auto, Policy, Share, Split, Tier
 from flexgen.predict.codec_rates import attention_rate, decoding_rate
 from flexgen.predict.job import Job
+from flexgen.predict.refill import refills
 from flexgen.quant import CODECS, head_format
 from flexgen.search.linear import CLASSES, Column, Shares
+from flexgen.search.moves import refused
 
 _MOST_BATCHES = 64
 """The maximum number of batches. Beyond it, sharing a load of weights among more batches saves almost nothing."""
@@ -23,6 +27,27 @@ _MOST_CELLS = 6_500
 
 _GUESSES = (4, 8)
 """The numbers of guesses to try. More are rarely right, and fewer save little of a pass that loads weights."""
+
+_RESERVED = (1, 2)
+"""The numbers of tokens to reserve for each row, in mean numbers of new tokens. All rows of a batch have memory up to
+the longest of them, which is longer than the mean."""
+
+
+def with_guesses(policy: Policy, spec: ModelSpec) -> Iterator[Policy]:
+    """`policy` with each number of guesses that a search tries, if it may have any."""
+    if policy.attn_sparsity < 1 or policy.cache.percent(Tier.DISK) or policy.reserve_new:
+        return
+    for guess in _GUESSES:
+        if policy.gpu_batch_size * (1 + guess) <= spec.chunk_tokens:
+            yield policy.replace(guess=guess, prefill_rows=0)
+
+
+_RATES = (0.75, 1.25, 1.5)
+"""Numbers of prompts that enter in a pass, as multiples of those that end in one. Fewer leave places empty, but more
+fill them earlier."""
+_FEWEST_BLOCKS = 2
+"""The number of blocks of prompts from which prompts may enter at a rate. Half of the places are empty while they are
+filled and again in the end, for as many passes as answers have tokens."""
 
 
 class Choices:
@@ -33,11 +58,13 @@ class Choices:
 
     def __init__(self, job: Job, auto: Auto, every: int = 1) -> None:
         self._job = job
-        self._settled = Policy.from_dict(auto.fixed)
+        # `Policy` refuses prompts that enter at a rate with other activations.
+        fixed = {"activations": {"gpu": 100}, **auto.fixed} if auto.fixed.get("prefill_rows") else auto.fixed
+        self._settled = Policy.from_dict(fixed)
         self._lossy = auto.lossy
         self._every = every
         self._shared = job.hardware.topology.shares_host_memory
-        self.fixed = frozenset(auto.fixed)
+        self.fixed = frozenset(fixed)
         # If the compute device is the host, its memory is the one tier CPU.
         self.tiers = (Tier.CPU, Tier.DISK) if self._shared else (Tier.CPU, Tier.GPU, Tier.DISK)
 
@@ -51,17 +78,52 @@ class Choices:
             # computes another batch of the same layer.
             apart = (True, False) if attend_on == "cpu" and not self._shared else (True,)
             for sep_layer in apart if "sep_layer" not in self.fixed else (form.sep_layer,):
-                yield form.replace(attend_on=attend_on, sep_layer=sep_layer)
+                one = form.replace(attend_on=attend_on, sep_layer=sep_layer)
+                yield one
+            if self._may_enter(one):  # if the host attends, only with whole layers, which overlap better
+                # The number depends on the shape.
+                yield one.replace(prefill_rows=1, activations={Tier.GPU: 100})
+
+    def _may_enter(self, form: Policy) -> bool:
+        """Whether prompts may enter at a rate. A host that is the compute device is busy all the time, so it would
+        not help there."""
+        chosen = "prefill_rows" not in self.fixed and not self._shared and form.attn_sparsity == 1
+        on_disk = "cache" in self.fixed and form.cache.percent(Tier.DISK)
+        elsewhere = "activations" in self.fixed and form.activations.percent(Tier.GPU) < 100
+        stretches = self._job.spec.stretches(self._job.workload.capacity)
+        others = form.guess or form.reserve_new or form.prefill_chunk
+        return chosen and not (others or on_disk or elsewhere or stretches)
+
+    def shaped(self, form: Policy, size: int, batches: int) -> Policy | None:
+        """`form` with this shape. If prompts enter at a rate, they enter as fast as others end.
+
+        It is None if prompts cannot enter at a rate in this shape, or if places would be empty most of the time.
+        """
+        shaped = form.replace(gpu_batch_size=size, num_gpu_batches=batches)
+        if not form.prefill_rows or "prefill_rows" in self.fixed:
+            return shaped
+        workload = self._job.workload
+        refused = size > self._job.spec.chunk_tokens  # see `plan_memory`
+        if refused or workload.num_prompts < _FEWEST_BLOCKS * shaped.block_size:
+            return None
+        mean = workload.mean_new or workload.gen_len
+        return shaped.replace(prefill_rows=max(round(shaped.block_size / mean), 1))
+
+    def alike(self, policy: Policy) -> Iterator[Policy]:
+        """`policy` with other rates at which prompts enter, and with guesses."""
+        yield from self.rates(policy)
+        yield from self.guessing(policy)
+
+    def rates(self, policy: Policy) -> Iterator[Policy]:
+        """`policy` with other numbers of prompts that enter in a pass."""
+        if policy.prefill_rows and "prefill_rows" not in self.fixed:
+            for times in _RATES:
+                yield policy.replace(prefill_rows=max(round(times * policy.prefill_rows), 1))
 
     def guessing(self, policy: Policy) -> Iterator[Policy]:
         """`policy` with numbers of guesses, if the workload says how many of them are right."""
-        if self._job.workload.copied == 1 or "guess" in self.fixed:
-            return
-        if policy.attn_sparsity < 1 or policy.cache.percent(Tier.DISK):
-            return
-        for guess in _GUESSES:
-            if policy.gpu_batch_size * (1 + guess) <= self._job.spec.chunk_tokens:
-                yield policy.replace(guess=guess)
+        if self._job.workload.copied > 1 and "guess" not in self.fixed:
+            yield from with_guesses(policy, self._job.spec)
 
     @cached_property
     def joins_layers(self) -> bool:
@@ -87,10 +149,14 @@ class Choices:
                 columns += [Column(what, tier, split[tier].codec) for tier in Tier if split.percent(tier)]
                 continue
             for tier in self.tiers:
-                if what == "cache" and tier is Tier.DISK and self._settled.guess:
-                    continue  # see `Policy`
+                if refused(self._settled, what, tier):
+                    continue
                 columns += [Column(what, tier, codec) for codec in (*NAMES, STORED) if self._may(what, codec)]
         return tuple(columns)
+
+    def columns_of(self, form: Policy) -> tuple[Column, ...]:
+        """The columns for policies of this form."""
+        return tuple(column for column in self.columns if not refused(form, column.what, column.tier))
 
     def _may(self, what: str, codec: str) -> bool:
         """Whether a codec may be chosen for a class of data and the machine has its rates."""
@@ -128,12 +194,12 @@ class Choices:
                 given[column] = split.percent(column.tier) / 100
         return given
 
-    def shapes(self) -> dict[int, list[int]]:
+    def shapes(self, form: Policy) -> dict[int, list[int]]:
         """Numbers of batches by batch size, in ascending order.
 
-        No block is larger than the job, and the blocks of a job are about equally full.
+        No block is larger than the job. If blocks run one after another, those of a job are about equally full.
         """
-        prompts, settled = self._job.workload.num_prompts, self._settled
+        prompts, settled = self._job.workload.group_sizes[0], self._settled
         size_fixed, batches_fixed = ("gpu_batch_size" in self.fixed, "num_gpu_batches" in self.fixed)
         most = max(_MOST_CELLS // (2 * self._job.spec.num_layers + 2), 1)
         largest = prompts if not settled.guess else self._job.spec.chunk_tokens // (1 + settled.guess)
@@ -144,6 +210,9 @@ class Choices:
         shapes: set[tuple[int, int]] = set()
         for size in sizes:
             for batches in numbers:
+                if refills(self._job.workload, form) and size * batches < prompts:
+                    shapes.add((size, batches))
+                    continue
                 blocks = -(-prompts // (size * batches))
                 each = -(-prompts // blocks)
                 even = size if size_fixed else -(-each // batches)
@@ -176,6 +245,20 @@ class Choices:
             percents = _whole(percents, 100)
             splits[what] = {c.tier: Share(int(p), c.codec) for c, p in zip(own, percents, strict=True) if p}
         return form.replace(**splits)
+
+
+def reserves(job: Job, auto: Auto) -> Iterator[int]:
+    """The values of `Policy.reserve_new` to try besides 0, if the workload says how long answers are on average.
+
+    With fewer tokens, many rows are put back. With more, most of the memory is reserved in vain.
+    """
+    workload, settled = job.workload, Policy.from_dict(auto.fixed)
+    others = settled.guess or settled.prefill_rows or settled.attn_sparsity < 1
+    unlike = others or job.spec.stretches(workload.capacity)
+    if workload.mean_new is None or unlike or "reserve_new" in auto.fixed:
+        return
+    wanted = (math.ceil(times * workload.mean_new) for times in _RESERVED)
+    yield from (tokens for tokens in wanted if tokens < workload.gen_len)
 
 
 def _whole(parts: np.ndarray, total: int) -> np.ndarray:

@@ -26,10 +26,12 @@ from flexgen.predict.costs import CostedBlock, StepCosts
 from flexgen.predict.job import Job
 from flexgen.predict.placed import PlacedModel, Placements
 from flexgen.predict.prediction import decode_seconds
+from flexgen.predict.refill import refills
 from flexgen.predict.workspaces import workspaces_on
 from flexgen.schedule.orders import Order
 from flexgen.schedule.steps import Grid, Op, Step, all_steps
 from flexgen.search.linear import IN_TURN, LANE_ROW, ROWS, UNHIDDEN, Column, Figures, blocks
+from flexgen.search.turnover import turnover
 from flexgen.workload import Workload
 
 _TURN = (Op.LOAD_HIDDEN, Op.PROJECT, Op.ATTEND, Op.LOAD_ATTENTION, Op.COMPUTE, Op.STORE_HIDDEN)
@@ -49,10 +51,17 @@ _Kinds = tuple[LayerSpec, ...]
 
 
 class _Corner(NamedTuple):
-    """The values of a policy that stores a class of data by one column (see `Corners._corner`)."""
+    """The values of a policy that stores a class of data by one column, in three lines: the part that does not depend
+    on the number of batches, the part of each batch, and the part of a shared prefix, which runs once for all blocks.
+
+    seconds: (lines, parts, rows). The parts are prefill and decode; if rows end early, they are the prefill, and
+        the first and the last pass of the decode.
+    bytes: (lines, tiers).
+    """
 
     column: Column
-    lines: np.ndarray
+    seconds: np.ndarray
+    bytes: np.ndarray
 
 
 class _Addition(NamedTuple):
@@ -83,18 +92,39 @@ class Corners:
         """The figures of blocks of the form's shape. Columns without rates on the machine are left out."""
         several = form.num_gpu_batches > 1
         # Times and bytes of several batches are linear in their number.
-        first = form.replace(num_gpu_batches=2 if several else 1)
+        first = form.replace(num_gpu_batches=2 if several else 1, prefill_rows=min(form.prefill_rows, 1))
         key = first, tuple(columns)
         if key not in self._known:
             self._known[key] = self._evaluate(first, columns)
-        known = self._known[key]
-        batches = np.array([1.0, form.num_gpu_batches, 1 / blocks(self._job.workload, form)])
-        values = {corner.column: batches @ corner.lines for corner in known}
+        seconds, nbytes = self._times(form), np.array([1.0, form.num_gpu_batches, 0.0])
+        values = {
+            corner.column: np.concatenate(
+                [np.einsum("lpq,lpr->qr", seconds, corner.seconds).ravel(), nbytes @ corner.bytes]
+            )
+            for corner in self._known[key]
+        }
         start = {column.what: column for column in reversed(values)}
         base = values[start["weights"]]
         change = [values[column] - values[start[column.what]] for column in values]
         serial = self.order(form).serial
-        return Figures(tuple(values), base, np.array(change), serial)
+        return Figures(tuple(values), base, np.array(change), serial, refills(self._job.workload, form))
+
+    def _times(self, form: Policy) -> np.ndarray:
+        """(lines, parts, phases): how often a block has the seconds of each line of a corner."""
+        workload = self._job.workload
+        several, share = form.num_gpu_batches, 1 / blocks(workload, form)
+        if not refills(workload, form):
+            return np.array([1.0, several, share])[:, None, None] * np.eye(2)
+        # The prompts that enter are computed in passes of the decode, so these load the weights for both.
+        turns, later = turnover(workload, form), max(workload.gen_len - 2, 1)
+        last = min(max((turns.token - 1) / later, 0.0), 1.0)
+        decode = np.outer([turns.passes * share, turns.cells * share, 0], [1 - last, last])
+        # With one batch, the first line has all of its seconds.
+        alone = turns.entering * share if several > 1 else 1.0
+        prefill = np.array([alone, several, share])[:, None]
+        phases = np.zeros((3, 3, 2))
+        phases[:, :1, 0], phases[:, 1:, 1] = prefill, decode
+        return phases
 
     def _evaluate(self, form: Policy, columns: Sequence[Column]) -> list[_Corner]:
         start = {column.what: column for column in reversed(columns)}
@@ -105,11 +135,11 @@ class Corners:
 
         base = at(start)
         seconds = self._seconds(base, order, list(Op))
-        at_start = self._corner(base, order, seconds)
+        at_start = self._corner(columns[0], base, order, seconds)
         found = []
         for column in columns:
             if column == start[column.what]:
-                found.append(_Corner(column, at_start))
+                found.append(at_start._replace(column=column))
                 continue
             policy = at(start | {column.what: column})
             # Steps that do not depend on this class of data have the same times as at the start.
@@ -117,33 +147,42 @@ class Corners:
             if column.what == "cache" and prefix_workloads(self._job.workload, policy):
                 others.append(Op.LOAD_WEIGHTS)
             try:
-                corner = self._corner(policy, order, seconds | self._seconds(policy, order, others))
+                taken = seconds | self._seconds(policy, order, others)
+                found.append(self._corner(column, policy, order, taken))
             except (HardwareError, PolicyError):
                 continue  # the codec has no figures, or does not support the head size
-            found.append(_Corner(column, corner))
         return found
 
-    def _corner(self, policy: Policy, order: Order, seconds: Mapping[Op, np.ndarray]) -> np.ndarray:
-        """(3, rows * 2 + 3): the part that does not depend on the number of batches, the part of each batch, and the
-        part of a shared prefix, which runs once for all blocks."""
-        taken = np.sum(list(seconds.values()), axis=0)
-        block = np.concatenate([taken.reshape(2, -1), self._bytes(policy, order)], axis=1)
-        return np.concatenate([block, self._prefix_seconds(policy)[None]])
+    def _corner(
+        self, column: Column, policy: Policy, order: Order, seconds: Mapping[Op, np.ndarray]
+    ) -> _Corner:
+        block = np.sum(list(seconds.values()), axis=0)
+        nbytes = self._bytes(policy, order)
+        return _Corner(
+            column,
+            np.concatenate([block, self._prefix_seconds(policy)[None]]),
+            np.concatenate([nbytes, np.zeros_like(nbytes[:1])]),
+        )
 
     def _prefix_seconds(self, policy: Policy) -> np.ndarray:
-        """(rows * 2 + 3): the seconds of the blocks that compute the prefix. The plan of a block has their bytes."""
-        one, total = prefix_policy(policy), np.zeros(2 * ROWS + 3)
+        """(parts, rows): the seconds of the blocks that compute the prefix. The plan of a block has their bytes."""
+        one, phases = prefix_policy(policy), np.zeros((2, ROWS))
         order = self._job.order_for(one)
         order = replace(order, slots=prefix_slots(order.slots))
-        for part in prefix_workloads(self._job.workload, policy):
+        parts = prefix_workloads(self._job.workload, policy)
+        for n, part in enumerate(parts, 1):
+            times = self._job.workload.groups if n == len(parts) else 1  # each group has its own last part
             seconds = sum(self._seconds(one, order, list(Op), part).values())
-            total[:-3] += np.sum(seconds, axis=0).ravel()
-        return total
+            phases += times * np.sum(seconds, axis=0)
+        if refills(self._job.workload, policy):
+            return np.pad(phases, ((0, 1), (0, 0)))
+        return phases
 
     def _seconds(
         self, policy: Policy, order: Order, ops: Collection[Op], workload: Workload | None = None
     ) -> dict[Op, np.ndarray]:
-        """The seconds (2, phases, rows) of the steps of each of `ops`. workload: None is that of the job.
+        """The seconds (2, parts, rows) of the steps of each of `ops`, see `_Corner`. workload: None is that of the
+        job.
 
         They come from a model with one layer of each kind, which counts as often as the whole model has it.
         """
@@ -153,6 +192,9 @@ class Corners:
         workload = workload or self._job.workload
         gen_len, on_disk = workload.gen_len, bool(policy.cache.percent(Tier.DISK))
         new, flushing = _few_tokens(gen_len, on_disk)
+        entering = refills(workload, policy)
+        if entering:
+            new, flushing = sorted({0, min(1, gen_len - 1), gen_len - 1}), ()
         parts = range(Passes.of(workload, policy).first, 0)
         lead, tokens = len(parts), [*parts, *new]
         several = policy.num_gpu_batches > 1
@@ -178,13 +220,16 @@ class Corners:
                 if op is Op.COMPUTE:
                     each[UNHIDDEN][n] += times * longest
 
-        def of_phases(row: list[float]) -> tuple[float, float]:
+        def of_parts(row: list[float]) -> tuple[float, ...]:
+            prefill = sum(row[: lead + 1])
+            if entering:
+                return (prefill, row[lead + 1], row[-1]) if gen_len > 1 else (prefill, 0.0, 0.0)
             if not any(row):
                 return 0.0, 0.0
             decode = decode_seconds(row[lead:], new, flushing, gen_len, costs.flushes)
-            return sum(row[: lead + 1]), decode / self._job.workload.tokens_in_pass(policy.guess)
+            return prefill, decode / self._job.workload.tokens_in_pass(policy.guess)
 
-        taken = {op: np.array([[*map(of_phases, rows)] for rows in both]) for op, both in sums.items()}
+        taken = {op: np.array([[*map(of_parts, rows)] for rows in both]) for op, both in sums.items()}
         if several:  # from the first batch and each further one to a line in their number
             for both in taken.values():
                 both[0] -= both[1]

@@ -6,11 +6,10 @@ instead of using the paper's cost model.
 
 from __future__ import annotations
 
-import gc
 import itertools
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,8 +22,8 @@ from flexgen.predict.hardware import Hardware
 from flexgen.predict.job import Job
 from flexgen.predict.prediction import Prediction
 from flexgen.schedule.orders import Slots
-from flexgen.search.choices import Choices
-from flexgen.search.effort import THOROUGH, Effort
+from flexgen.search.choices import Choices, reserves
+from flexgen.search.effort import THOROUGH, Effort, without_collections
 from flexgen.search.limits import limits_in_words
 from flexgen.search.linear import CLASSES, Solution, one_codec_each
 from flexgen.search.moves import Short, filled, moves, squeezed
@@ -83,6 +82,12 @@ class Search:
     runners_up: tuple[Candidate, ...]
     considered: int
     seconds: float
+
+    def joined(self, other: Search, top: int) -> Search:
+        """The best `top` candidates of two searches of one job."""
+        every = (self.best, *self.runners_up, other.best, *other.runners_up)
+        best, *others = sorted(every, key=lambda one: one.prediction.report.total_s)[: max(top, 1)]
+        return Search(best, tuple(others), self.considered + other.considered, self.seconds + other.seconds)
 
     def line(self) -> str:
         """The best candidate in one line."""
@@ -145,13 +150,23 @@ def find_for_job(
     slots: the maximum slots of an order that is not the policy's own; None sets no limit.
     effort: how much to compute.
     """
+    found = _find(job, auto, top, slots, effort)
+    for reserved in reserves(job, auto):
+        reserving = replace(auto, fixed={**auto.fixed, "reserve_new": reserved})
+        with suppress(CapacityError):
+            found = found.joined(_find(job, reserving, top, slots, effort), top)
+    return found
+
+
+def _find(job: Job, auto: Auto, top: int, slots: Slots | None, effort: Effort) -> Search:
+    """`find_for_job` for the given `Policy.reserve_new`."""
     began = time.perf_counter()
     # If nothing fits, prompts are computed in chunks, of the first chunk size that fits.
     given = [auto.fixed]
     if not Policy.from_dict(auto.fixed).prefill_chunk:
         given += [{**auto.fixed, "prefill_chunk": n} for n in parts_of(job.workload.prompt_len)]
     considered, refused = 0, None
-    with _without_collections():
+    with without_collections():
         for fixed in given:
             finder = _Finder(job, Choices(job, replace(auto, fixed=fixed), effort.every), slots, effort)
             try:
@@ -164,22 +179,6 @@ def find_for_job(
             return Search(best, tuple(others), considered, time.perf_counter() - began)
     assert refused is not None
     raise refused
-
-
-@contextmanager
-def _without_collections() -> Iterator[None]:
-    """Disable Python's collection of reference cycles.
-
-    A search makes millions of small objects but no cycles. Collections would examine all objects of the process,
-    those of torch too, and take a sixth of the search's time.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class _Finder:
@@ -261,8 +260,8 @@ class _Finder:
         self._try_orders()
         first, *others = sorted(self._tried, key=self._score)
         best = self._in_best_order(self._improved(first))
-        guessing = [best._replace(policy=policy) for policy in self._choices.guessing(best.policy)]
-        self._tried[fastest := simulations.fastest(best, guessing)] = self._tried[best]
+        alike = [best._replace(policy=policy) for policy in self._choices.alike(best.policy)]
+        self._tried[fastest := simulations.fastest(best, alike)] = self._tried[best]
         best = fastest
         kept, laid_out = [best], simulations.cells(best.policy)[0]
         for run in others:
@@ -361,8 +360,9 @@ class _Finder:
 
     def _smallest(self) -> Solved:
         """The smallest block, without overlap unless it is given, with the placement that exceeds the tiers least."""
-        size, numbers = next(iter(self._choices.shapes().items()))
-        form = next(self._choices.forms()).replace(gpu_batch_size=size, num_gpu_batches=numbers[0])
+        form = next(self._choices.forms())
+        size, numbers = next(iter(self._choices.shapes(form).items()))
+        form = form.replace(gpu_batch_size=size, num_gpu_batches=numbers[0])
         if "overlap" not in self._choices.fixed:
             form = form.replace(overlap=False)
         solved, short = self._programs.least_short(form), self._short_in(self._job.order)

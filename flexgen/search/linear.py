@@ -6,7 +6,8 @@ the shares of a policy.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -55,7 +56,17 @@ def shares_of(policy: Policy) -> Shares:
 
 def blocks(workload: Workload, policy: Policy) -> float:
     """The workload's time as a multiple of the time of a full block."""
-    return max(workload.num_prompts / policy.block_size, 1.0)
+    return workload.groups * max(workload.num_prompts / workload.groups / policy.block_size, 1.0)
+
+
+def longest_lanes(phases: Iterable[Mapping[LaneName, float]], joined: bool) -> float:
+    """The seconds of the longest lane of each phase, summed; or if they are `joined`, of all phases together."""
+    if not joined:
+        return sum(max(lanes.values(), default=0.0) for lanes in phases)
+    total: Counter[LaneName] = Counter()
+    for lanes in phases:
+        total.update(lanes)
+    return max(total.values(), default=0.0)
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,9 @@ class Figures:
     base: np.ndarray
     change: np.ndarray  # (columns, 2 * rows + 3)
     serial: bool  # no steps overlap, even on different lanes
+    joined: bool = (
+        False  # prompts are computed in the passes of the decode, so the steps of both phases overlap
+    )
 
     def at(self, shares: Shares) -> np.ndarray:
         part = np.array([shares.get(column, 0.0) for column in self.columns])
@@ -78,6 +92,17 @@ class Figures:
     def seconds(self, shares: Shares) -> list[dict[LaneName, float]]:
         """The seconds of prefill and decode, by lane."""
         return [dict(zip(LANES, row.tolist(), strict=False)) for row in self.at(shares)[:-3].reshape(2, ROWS)]
+
+    def bound(self, shares: Shares, lanes: Iterable[Collection[LaneName]]) -> float:
+        """The seconds of the longest lane of each phase, or of both phases together if they are joined.
+
+        lanes: those that each phase has.
+        """
+        alone = [
+            {lane: each[lane] for lane in some}
+            for each, some in zip(self.seconds(shares), lanes, strict=True)
+        ]
+        return longest_lanes(alone, self.joined)
 
     def of_lane(self, phase: int, lane: LaneName, shares: Shares) -> dict[str, float]:
         """The seconds of a lane due to each class, beyond those if the class were on the tier with the fewest."""
@@ -118,6 +143,8 @@ def solve(
     n, without = len(figures.columns), set(without)
     seconds = figures.base[:-3].reshape(2, ROWS)
     rows = figures.change[:, :-3].reshape(n, 2, ROWS)
+    if figures.joined:  # all seconds are those of the first phase
+        seconds, rows = _joined(seconds), _joined(rows)
     if figures.serial:  # each lane waits for the others
         seconds, rows = seconds[:, : len(LANES)], rows[:, :, : len(LANES)]
         limits_seconds, limits_rows = seconds.sum(1, keepdims=True), rows.sum(2, keepdims=True)
@@ -158,6 +185,12 @@ def solve(
     shares = {c: float(x) for c, x in zip(figures.columns, solved.x, strict=False) if x > 1e-9}
     saved = dict(zip(Tier, -solved.ineqlin.marginals[-3:] * unit / scale, strict=True))
     return Solution(shares, float(solved.x[n] + solved.x[n + 1]) * unit, saved)
+
+
+def _joined(seconds: np.ndarray) -> np.ndarray:
+    """(..., 2, rows) with the sum of both phases, and zeros."""
+    total = seconds.sum(-2, keepdims=True)
+    return np.concatenate([total, np.zeros_like(total)], axis=-2)
 
 
 def one_codec_each(

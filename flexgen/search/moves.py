@@ -28,10 +28,17 @@ def moves(policy: Policy, step: float, tiers: Sequence[Tier], fixed: Collection[
         for source in Tier:
             percent = min(max(step, row), split.percent(source))
             for target in tiers:
-                if what == "cache" and target is Tier.DISK and policy.guess:
-                    continue  # see `Policy`
+                if refused(policy, what, target):
+                    continue
                 if target is not source and percent:
                     yield policy.replace(**{what: _moved(split, source, target, percent)})
+
+
+def refused(policy: Policy, what: str, tier: Tier) -> bool:
+    """Whether `Policy` refuses this class of data on a tier."""
+    if what == "cache":
+        return tier is Tier.DISK and policy.lengths_differ
+    return what == "activations" and tier is not Tier.GPU and policy.prefill_rows > 0
 
 
 def filled(policy: Policy, tiers: Collection[Tier], short: Short) -> Policy:

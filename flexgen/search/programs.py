@@ -55,10 +55,10 @@ class Programs:
 
     def all(self) -> list[Solved]:
         """All solutions, best first: of every second batch size, then of the neighbours of the best sizes."""
-        shapes = self._choices.shapes()
-        sizes = list(shapes)
         solved: list[Solved] = []
         for form in self._choices.forms():
+            shapes = self._choices.shapes(form)
+            sizes = list(shapes)
             found = self._of_shapes(form, {size: shapes[size] for size in sizes[::2]})
             best = {one.form.gpu_batch_size for one in by_seconds(found)[:_BEST]}
             near = {n + side for n, size in enumerate(sizes) if size in best for side in (-1, 1)}
@@ -72,7 +72,10 @@ class Programs:
         for size, numbers in sorted(shapes.items()):
             fitted = False
             for batches in numbers:
-                one = self._overlapped(form.replace(gpu_batch_size=size, num_gpu_batches=batches))
+                shaped = self._choices.shaped(form, size, batches)
+                if shaped is None:
+                    break  # nor with more batches
+                one = self._overlapped(shaped)
                 if one is None:
                     break  # more batches need more memory
                 fitted = True
@@ -107,7 +110,7 @@ class Programs:
 
     def figures(self, form: Policy, order: str | None) -> Figures:
         """The coefficients of a form's program."""
-        return self._corners(order).figures(form, self._choices.columns)
+        return self._corners(order).figures(form, self._choices.columns_of(form))
 
     def other_orders(self, policy: Policy, order: str | None) -> Iterator[Run]:
         """The policy in each other order that the search may choose. `overlap` is set to match the order."""

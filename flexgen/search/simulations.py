@@ -20,9 +20,11 @@ from flexgen.policy import Policy, Tier
 from flexgen.predict.job import Job
 from flexgen.predict.placed import Placements
 from flexgen.predict.prediction import Prediction, predict_job, sampled_tokens
+from flexgen.predict.refill import refills
 from flexgen.predict.workspaces import workspaces_on
 from flexgen.schedule.orders import Order
-from flexgen.search.linear import Figures, blocks, shares_of
+from flexgen.search.linear import Figures, blocks, longest_lanes, shares_of
+from flexgen.search.turnover import turnover
 
 _FEW_LAYERS = 6
 """The transformer layers of the small model whose overlap represents that of deeper models."""
@@ -77,7 +79,10 @@ class Simulations:
         layers = len(self._placements.layers(policy.sep_layer))
         if small:
             layers = min(layers, _FEW_LAYERS * (2 if policy.sep_layer else 1) + 2)
-        prompts = min(self._job.workload.num_prompts, policy.block_size)
+        if refills(self._job.workload, policy):
+            cells = layers * turnover(self._job.workload, policy).timed
+            return cells, small or cells <= _EXACT_CELLS
+        prompts = min(self._job.workload.group_sizes[0], policy.block_size)
         cells, gen_len = layers * -(-prompts // policy.gpu_batch_size), self._job.workload.gen_len
         parts = -Passes.of(self._job.workload, policy).first
         if cells * (parts + gen_len) <= _EXACT_CELLS:
@@ -109,12 +114,9 @@ class Simulations:
         if (run, False) in self._predictions or self.cells(run.policy)[1]:
             return self.prediction(run).report.total_s
         small = self.prediction(run, small=True).report
-        alone = figures.seconds(shares_of(run.policy))
-        longest = sum(
-            max(alone[n][lane] for lane in lanes) for n, lanes in enumerate(small.phases.values()) if lanes
-        )
-        assert small.bound_s is not None
-        return longest * blocks(self._job.workload, run.policy) * small.total_s / small.bound_s
+        phases = small.phases.values()
+        longest = figures.bound(shares_of(run.policy), phases) * blocks(self._job.workload, run.policy)
+        return longest * small.total_s / longest_lanes(phases, figures.joined)
 
     @cached_property
     def _small(self) -> tuple[Job, Placements]:

@@ -18,10 +18,14 @@ from flexgen.predict.job import Job
 from flexgen.results.report import Report
 from flexgen.search.find import Candidate, Search, find_for_job
 from flexgen.tuning.correct import Seen, corrected
+from flexgen.tuning.guesses import GuessRuns, run_guesses
 from flexgen.tuning.trial import Shape, predicted_trial, run_trial, shape_for
 from flexgen.workload import Workload
 
 _log = logging.getLogger("flexgen")
+
+_LEAST_COPIED = 16
+"""New tokens that show how much of the text is copied."""
 
 _STEADY = 0.1
 """The maximum spread of repeats, as a share of their median. With a larger spread, there are more repeats."""
@@ -130,6 +134,8 @@ class Tuning:
         self.workload = job.workload
         self.hardware = job.hardware
         self.tried: list[Tried] = []
+        self.guesses: GuessRuns | None = None
+        """The runs of the best policy with guesses; None if none was tried."""
         self.search = self.find(self.workload)
         _log.info("%s", in_words(self.search))
 
@@ -171,6 +177,30 @@ class Tuning:
             )
             self.search = self.find(self.workload)
             _log.info(f"with corrected figures, {in_words(self.search)}")
+
+    def try_guesses(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Run the best policy with and without guesses, on one block of the job's own prompts (ids).
+
+        The runs have fewer new tokens than the job, so that the predicted time of one is at most that of a trial, but
+        at least `_LEAST_COPIED`. Raises RequestError if a run without guesses fails.
+        """
+        best = self.best
+        if best is None or "guess" in self._auto.fixed:
+            return
+        policy, order = best.candidate.policy, best.candidate.order
+        block = [prompts[n % len(prompts)] for n in range(min(policy.block_size, self.workload.num_prompts))]
+        tokens = min(_LEAST_COPIED, self.workload.gen_len)
+        job = replace(self._job, order=order)
+        while tokens < self.workload.gen_len:
+            more = min(2 * tokens, self.workload.gen_len)
+            part = replace(self.workload, num_prompts=len(block), gen_len=more, mean_new=None)
+            took = predicted_trial(job, policy, Shape(job.spec.num_layers, part)).total_s
+            if took > self._effort.trial_seconds:
+                break
+            tokens = more
+        _log.info(f"runs with and without guesses: {tokens} new tokens of {len(block)} prompts of the job")
+        self.guesses = run_guesses(self._opening, policy, order, block, tokens)
+        _log.info("%s", self.guesses)
 
     def _candidates(self) -> list[Candidate]:
         return [self.search.best, *self.search.runners_up]

@@ -16,6 +16,7 @@ from flexgen.predict.prediction import predict
 from flexgen.search.choices import Choices
 from flexgen.search.find import find_for_job
 from flexgen.search.linear import Column
+from flexgen.search.moves import moves
 from flexgen.workload import Workload
 
 WORKLOAD = Workload(8, 8, 4)
@@ -48,3 +49,58 @@ def test_the_form_of_a_quantized_checkpoint_is_a_choice(
         policy = find_for_job(Job.checked(spec, little, WORKLOAD), Auto(fixed=fixed), top=1).best.policy
         used = {policy.weights[tier].codec for tier in Tier if policy.weights.percent(tier)}
         assert used == {"stored"}
+
+
+def _choices(machine: Any, workload: Workload, **fixed: Any) -> Choices:
+    spec, _ = open_model("opt-125m", "dummy")
+    return Choices(Job.checked(spec, machine, workload), Auto(fixed))
+
+
+def test_prompts_may_enter_at_a_rate_on_machines_with_a_link(machine: Any, host: Any) -> None:
+    """Never with what the policy refuses."""
+    equal, short = Workload(40, 16, 64), Workload(40, 16, 64, mean_new=4)
+
+    def rates(on: Any, workload: Workload, **fixed: Any) -> set[int]:
+        return {form.prefill_rows for form in _choices(on, workload, **fixed).forms()}
+
+    assert rates(machine(), equal) == rates(machine(), short) == {0, 1}
+    assert rates(host(), equal) == rates(host(), short) == {0}
+    for fixed in (
+        {"prefill_rows": 0},
+        {"cache": {"disk": 100}},
+        {"activations": {"cpu": 100}},
+        {"guess": 2},
+        {"prefill_chunk": 8},
+        {"attn_sparsity": 0.5, "cache": {"cpu": 100}},
+    ):
+        assert rates(machine(), short, **fixed) == {0}
+    assert rates(machine(), short, prefill_rows=3) == {3}
+
+
+def test_the_rate_is_that_at_which_rows_end(machine: Any) -> None:
+    choices = _choices(machine(), Workload(40, 16, 640, mean_new=4))
+    entering = Policy(prefill_rows=1)
+    assert choices.shaped(entering, 8, 5).prefill_rows == 10
+    assert choices.shaped(entering, 1, 2).prefill_rows == 1
+    assert choices.shaped(Policy(), 8, 5).prefill_rows == 0
+    assert choices.shaped(entering, 8, 40) and not choices.shaped(entering, 8, 41)  # two blocks, and less
+    assert [near.prefill_rows for near in choices.rates(Policy(prefill_rows=8))] == [6, 10, 12]
+    assert not list(choices.rates(Policy()))
+    given = _choices(machine(), Workload(40, 16, 640), prefill_rows=3)
+    assert given.shaped(Policy(prefill_rows=3), 8, 5).prefill_rows == 3
+    assert not list(given.rates(Policy(prefill_rows=3)))
+
+
+def test_places_that_the_policy_refuses_are_no_choice(machine: Any) -> None:
+    choices = _choices(machine(), Workload(40, 16, 64))
+    entering = Policy(gpu_batch_size=4, prefill_rows=2)
+
+    def tiers(form: Policy, what: str) -> set[Tier]:
+        return {column.tier for column in choices.columns_of(form) if column.what == what}
+
+    assert tiers(Policy(), "cache") == tiers(Policy(), "activations") == set(Tier)
+    assert tiers(entering, "weights") == set(Tier)
+    assert (tiers(entering, "cache"), tiers(entering, "activations")) == ({Tier.GPU, Tier.CPU}, {Tier.GPU})
+    moved = list(moves(entering, 20.0, choices.tiers, ()))  # `Policy` would raise an error
+    assert {policy.activations for policy in moved} == {entering.activations}
+    assert len({policy.cache for policy in moved}) > 1

@@ -34,13 +34,13 @@ def test_a_step_that_does_not_depend_on_a_class_takes_the_same(attend_on, batche
         assert np.allclose(figures.at(dict.fromkeys(at, 1.0)), alone, rtol=1e-9, atol=1e-12), column
 
 
-@pytest.mark.parametrize("cuts", [(), (40,)])
-@pytest.mark.parametrize("blocks", [1, 4])
+@pytest.mark.parametrize(("cuts", "groups"), [((), 1), ((40,), 1), ((40,), 2), ((), 2)])
+@pytest.mark.parametrize("blocks", [2, 4])
 @pytest.mark.parametrize("cache", [Tier.GPU, Tier.CPU])
-def test_seconds_include_the_blocks_of_a_prefix(cache, blocks, cuts, configs, machine):
+def test_seconds_include_the_blocks_of_a_prefix(cache, blocks, cuts, groups, configs, machine):
     """The seconds of each lane, times the number of blocks, are those of the prediction of the whole job."""
     spec, _ = open_model(configs["opt"], "dummy")
-    workload = Workload(90, 3, 4 * blocks, prefix=80, cuts=cuts)
+    workload = Workload(90, 3, 4 * blocks, prefix=80, cuts=cuts, groups=groups)
     job = Job(spec, machine(), workload, torch.float32)
     columns = [Column("weights", Tier.CPU), Column("cache", cache), Column("activations", Tier.GPU)]
     split = {column.what: {column.tier: 100} for column in columns}

@@ -28,7 +28,9 @@ from flexgen.predict.workspaces import workspaces_on
 from flexgen.quant import CODECS
 from flexgen.quant.groupwise import RoundedGroupwise
 from flexgen.schedule.orders import ORDERS
+from flexgen.search.choices import Choices
 from flexgen.search.corners import Corners
+from flexgen.search.effort import QUICK
 from flexgen.search.find import find_for_job, find_policy
 from flexgen.search.linear import CLASSES, Column, one_codec_each, shares_of, solve
 from flexgen.units import MIB
@@ -275,6 +277,53 @@ def test_guesses_where_the_link_binds(workload, changes, fixed, guesses, opt, ma
     plain = took(opt, best.policy.replace(guess=0), small(machine, "100MiB", **changes), workload)
     if guesses and "guess" not in fixed:
         assert best.prediction.report.total_s < plain
+
+
+SHORT = Workload(20, 400, 96, mean_new=20)
+
+
+@pytest.mark.parametrize(
+    ("workload", "fixed"),
+    [
+        (SHORT, {"reserve_new": 0}),
+        (SHORT, {"guess": 2}),
+        (replace(SHORT, mean_new=None), {}),
+        (replace(SHORT, mean_new=400), {}),
+    ],
+)
+def test_all_cache_is_reserved_if_rows_are_long_or_you_say_so(workload, fixed, opt, machine):
+    best = find_policy(opt, small(machine, "100MiB"), workload, Auto(fixed)).best
+    assert best.policy.reserve_new == 0
+
+
+def test_guesses_are_tried_only_if_all_cache_is_reserved(opt, machine):
+    choices = Choices(Job.checked(opt, machine(), replace(SHORT, copied=3.0)), Auto())
+    assert list(choices.guessing(Policy())) and not list(choices.guessing(Policy(reserve_new=20)))
+
+
+def test_less_cache_for_each_row_makes_room_for_more(opt, machine):
+    hardware = small(machine, "100MiB")
+    best = find_policy(opt, hardware, SHORT).best
+    whole = find_policy(opt, hardware, SHORT, Auto({"reserve_new": 0})).best
+    assert best.policy.reserve_new in (20, 40)
+    assert best.tokens_s > 1.1 * whole.tokens_s
+    again = predict(opt, best.policy, hardware, SHORT, order=best.order).report
+    assert again.throughput_tokens_s == best.tokens_s
+    for tier, nbytes in again.plan_bytes.items():
+        assert nbytes <= hardware.capacity[tier]
+
+
+@pytest.mark.parametrize(
+    ("preset", "workload", "guesses"),
+    [
+        ("t4", Workload(128, 128, 768, copied=2.0), True),  # the link binds
+        ("h200", Workload(512, 32, 1024, copied=2.0), False),  # the GPU computes all the time
+    ],
+)
+def test_guesses_on_preset_machines(preset, workload, guesses):
+    spec, _ = open_model("opt-30b", "dummy")
+    job = Job.checked(spec, Hardware.preset(preset), workload)
+    assert bool(find_for_job(job, Auto(), top=1, effort=QUICK).best.policy.guess) == guesses
 
 
 MAY_BE_CHOSEN = [name for name, order in ORDERS.items() if not order.for_comparison]

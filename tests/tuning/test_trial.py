@@ -20,8 +20,8 @@ def prepared(monkeypatch):
     shapes = []
     prepare = Call.prepare
 
-    def recorded(call, prompts):
-        found = prepare(call, prompts)
+    def recorded(call, prompts, *args):
+        found = prepare(call, prompts, *args)
         shapes.append((str(found.batches), tuple(map(len, prompts)), call._workload.capacity))
         return found
 
