@@ -70,7 +70,7 @@ def test_predictions_and_their_json(capsys):
     found = json.loads(listed(f"opt-125m opt-1.3b --hardware laptop-16g {SMALL} --json -", capsys))
     assert found["hardware"] == "laptop-16g" and found["families"] == []
     sizes = {"prompt_len": 32, "gen_len": 4, "num_prompts": 4, "prefix": 0}
-    assert found["workload"] == {**sizes, "mean_new": None, "copied": 1.0, "cuts": []}
+    assert found["workload"] == {**sizes, "mean_new": None, "copied": 1.0, "cuts": [], "groups": 1}
     small, large = (one["fit"] for one in found["models"])
     assert small["fits"] and large["fits"] and small["tokens_s"] > 2 * large["tokens_s"] > 0
     assert small["policy"].startswith("weights 100% cpu; 1 x ")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import subprocess
 import sys
 
 import pytest
+
+import flexgen
 
 HEAVY = ("scipy.optimize", "transformers", "huggingface_hub.errors")
 # One process runs all stages in this order, so that torch loads once. The last two load what the others must not.
@@ -54,3 +58,24 @@ def test_the_check_finds_loaded_modules(loaded: dict[str, list[str]]) -> None:
 def test_opening_a_model_loads_no_modelling_file(loaded: dict[str, list[str]]) -> None:
     assert "transformers.models.llama.configuration_llama" in loaded["model"]
     assert not [name for name in loaded["model"] if "modeling_llama" in name or "modeling_opt" in name]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_an_import_leaves_the_garbage_collector_as_it_was(
+    enabled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def fail(name: str) -> None:
+        seen.append(gc.isenabled())
+        raise ImportError(name)
+
+    monkeypatch.setattr(importlib, "import_module", fail)
+    before = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with pytest.raises(ImportError, match="flexgen.engine.model"):
+            flexgen.__getattr__("OptLM")
+        assert seen == [False] and gc.isenabled() is enabled
+    finally:
+        (gc.enable if before else gc.disable)()

@@ -89,7 +89,8 @@ def test_guesses_save_passes_over_a_slow_link(capsys):
         json.loads(run(f"{job} {flags} --json -", capsys)) for flags in ("", "--guess 4 --copied 2.5")
     )
     assert (plain["policy"]["guess"], guessing["policy"]["guess"]) == (0, 4)
-    assert 0.35 < guessing["decode_s"] / plain["decode_s"] < 0.6
+    # 1 / 2.5 of the passes for the mean row. The block ends with the row that copies least.
+    assert 0.45 < guessing["decode_s"] / plain["decode_s"] < 0.85
 
 
 def test_a_prefix_is_computed_once(capsys):
@@ -109,6 +110,24 @@ def test_a_prefix_is_computed_once(capsys):
     assert "prefix  " not in run(job, capsys)
 
 
+def test_groups_share_what_all_prompts_have_in_common(capsys):
+    shape = "--gpu-batch-size 4 --num-gpu-batches 2 --percent 100 0 0 100 100 0 --prompt-len 200 --gen-len 4"
+    job = f"--model opt-125m --hardware t4 {shape} --num-prompts 32 --prefix-len 160"
+    one, apart, tree = (
+        json.loads(run(f"{job} {groups} --json -", capsys))
+        for groups in ("", "--prefix-groups 4", "--prefix-groups 4 --common-len 100")
+    )
+    assert one["prefill_s"] < min(tree["prefill_s"], apart["prefill_s"])
+    assert [found["prefix"] for found in (one, apart, tree)] == [160, 0, 100]
+    assert [found["reused_tokens"] for found in (one, apart, tree)] == [
+        31 * 160,
+        28 * 160,
+        31 * 100 + 28 * 60,
+    ]
+    assert simulate.main(shlex.split(f"{job} --prefix-groups 33")) == 1
+    assert "groups is 33, but there are 32 prompts" in capsys.readouterr().err
+
+
 def test_rows_that_end_early_are_refilled(capsys):
     shape = "--gpu-batch-size 4 --num-gpu-batches 2 --percent 0 100 100 0 100 0 --prompt-len 32 --gen-len 32"
     job = f"--model opt-125m --hardware t4 {shape} --num-prompts 64"
@@ -118,3 +137,20 @@ def test_rows_that_end_early_are_refilled(capsys):
     assert "of the places in use" in run(f"{job} --mean-new 8", capsys)
     assert simulate.main(shlex.split(f"{job} --mean-new 33")) == 1
     assert "mean_new is 33.0; it must be a number from 1 to gen_len, which is 32" in capsys.readouterr().err
+
+
+def test_less_cache_is_reserved(capsys):
+    shape = "--gpu-batch-size 4 --num-gpu-batches 8 --percent 0 100 0 100 0 100 --prompt-len 32 --gen-len 512"
+    job = f"--model opt-125m --hardware t4 {shape} --num-prompts 64"
+    whole, less, long = (
+        json.loads(run(f"{job} {more} --json -", capsys))
+        for more in ("--mean-new 16", "--mean-new 16 --reserve-new 32", "--reserve-new 32")
+    )
+    assert less["plan_bytes"]["cpu"] < 0.7 * whole["plan_bytes"]["cpu"]
+    assert less["total_s"] == pytest.approx(whole["total_s"], rel=0.1) and less["put_back"] == 0
+    assert long["put_back"] > 32 and long["total_s"] > less["total_s"]
+    card = run(f"{job} --mean-new 16 --reserve-new 32", capsys)
+    assert "cache for 32 of 512 new tokens per row on average; rows were put back to wait 0 times" in card
+    assert "reserved  " not in run(job, capsys)
+    assert simulate.main(shlex.split(f"{job} --reserve-new -1")) == 1
+    assert "reserve_new is -1; it must be at least 0" in capsys.readouterr().err

@@ -26,6 +26,16 @@ def test_cuts_divide_the_prefix(cuts):
         Workload(8, 1, 3, prefix=7, cuts=cuts)
 
 
+def test_groups_have_equally_many_prompts():
+    assert Workload(8, 1, 7).group_sizes == [7]
+    assert Workload(8, 1, 7, groups=3).group_sizes == [3, 2, 2]
+    assert Workload(8, 1, 3, groups=3).group_sizes == [1, 1, 1]
+    with pytest.raises(RequestError, match="groups is 4, but there are 3 prompts"):
+        Workload(8, 1, 3, groups=4)
+    with pytest.raises(RequestError, match="groups is 0; it must be at least 1"):
+        Workload(8, 1, 3, groups=0)
+
+
 @pytest.mark.parametrize("copied", [0.9, -1, float("nan"), float("inf"), True, "2", None])
 def test_tokens_in_a_pass_are_a_number_of_at_least_1(copied):
     with pytest.raises(RequestError, match="copied is .*; it must be a finite number of at least 1"):
@@ -36,6 +46,19 @@ def test_a_pass_keeps_at_most_all_guesses():
     workload = Workload(8, 1, 3, copied=3)
     assert workload.copied == 3.0 and Workload(8, 1, 3).copied == 1.0
     assert [workload.tokens_in_pass(guess) for guess in (0, 1, 4)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("mean_new", [None, 20])
+@pytest.mark.parametrize(("guess", "copied"), [(0, 2.0), (1, 1.6), (4, 2.6), (4, 1.0), (4, 5.0), (2, 9.0)])
+def test_passes_with_guesses(guess, copied, mean_new):
+    job = Workload(8, 48, 64, mean_new=mean_new, copied=copied)
+    later = [new - 1 for new in job.answers()]
+    passes = [count - 1 for count in job.passes(guess)]
+    fewest = [-(-new // (1 + guess)) for new in later]
+    assert all(few <= count <= new for few, count, new in zip(fewest, passes, later, strict=True))
+    expected = max(sum(later) / job.tokens_in_pass(guess), sum(fewest))
+    assert sum(passes) == pytest.approx(expected, rel=0.02)
+    assert passes == [count - 1 for count in job.passes(guess)]
 
 
 def test_numpy_integers_become_plain_ones():
