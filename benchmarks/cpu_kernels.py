@@ -7,6 +7,9 @@ measured between the cases, over the same memory with the same number of threads
 loop and torch.sum. The torch versions are measured interleaved with the compiled ones. Encoded caches are measured in
 their own bytes, and in tokens/s relative to a bfloat16 cache of the same size.
 
+Attention of prompts is measured in GFLOP/s of the scores and sums that causal attention needs, and compared with
+torch's fused attention of the same queries over copies of the keys and values for all heads.
+
 Sparse attention is compared with exact attention over the same cache. The bytes alone would give a speedup of
 2 / (1 + share).
 """
@@ -23,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from record import RESULTS, interleaved, load_results, machine, save
 from torch import Tensor
 
@@ -32,6 +36,7 @@ from flexgen.kernels.groupwise import quantise
 from flexgen.kernels.heads import HeadFormat
 from flexgen.kernels.loading import native, native_available
 from flexgen.kernels.scoring import Scoring
+from flexgen.models.ops import causal_attention
 from flexgen.quant import CODECS, head_format
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -40,7 +45,9 @@ KV_HEADS = 8
 LEAST_SECONDS = 0.1
 """The minimum time of a measurement. A call takes 20 ms, so a short interruption would dominate a single call."""
 SHARES = (0.1, 0.25, 0.5)
-PARTS = ("attention", "encoded_attention", "sparse", "codecs")
+PARTS = ("attention", "encoded_attention", "prompts", "sparse", "codecs")
+PROMPTS = ((1, 128), (8, 128), (1, 2048), (1, 8192))
+"""Rows and tokens."""
 LAYOUTS = {
     # length, capacity, share of left padding in every second row
     "512": (512, 512, 0.0),
@@ -141,6 +148,29 @@ def encoded_attention(plain: Tensor, repeats: int) -> Iterator[dict[str, Any]]:
                 }
 
 
+def prompts(repeats: int) -> Iterator[dict[str, Any]]:
+    heads = 4 * KV_HEADS
+    for name, dim, (rows, tokens) in itertools.product(DTYPES, (64, 128), PROMPTS):
+        q, k, v = (
+            torch.randn(rows, tokens, count, dim).to(DTYPES[name]).transpose(1, 2)
+            for count in (heads, KV_HEADS, KV_HEADS)
+        )
+        copies = [x.contiguous() for x in (q, *(x.repeat_interleave(4, dim=1) for x in (k, v)))]
+        flops = 4 * rows * heads * dim * tokens * (tokens + 1) // 2
+        calls = {
+            "compiled": partial(causal_attention, q, k, v, None, Scoring(dim**-0.5)),
+            "torch": partial(F.scaled_dot_product_attention, *copies, is_causal=True),
+        }
+        figures = interleaved(
+            {version: partial(rate, flops, call) for version, call in calls.items()}, repeats
+        )
+        compiled, plain = (median(figures[version]) for version in calls)
+        yield {
+            **{"type": name, "head_dim": dim, "prompts": f"{rows} x {tokens}"},
+            **{"compiled": compiled, "torch": plain, "ratio": compiled / plain},
+        }
+
+
 def attend_sparsely(version: str, share: float, arguments: Arguments) -> Tensor:
     """Both halves of sparse attention, in one version."""
     choose, attend_chosen = (
@@ -202,6 +232,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     def cell(key: str, value: Any) -> str:
         if key == "share":
             return f"{value:.0%}"
+        if key == "ratio":
+            return f"{value:.2f}"
         return f"{value:.1f}" if isinstance(value, float) else str(value)
 
     lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
@@ -232,6 +264,7 @@ def main() -> None:
     parts: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
         "attention": partial(attention, memory, args.repeats),
         "encoded_attention": partial(encoded_attention, memory["bf16"], args.repeats),
+        "prompts": partial(prompts, args.repeats),
         "sparse": partial(sparse, memory, args.repeats),
         "codecs": partial(codecs, args.repeats),
     }

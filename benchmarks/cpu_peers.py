@@ -26,10 +26,8 @@ A case adds its repeats to the results with --resume, so a long case can be spli
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -40,11 +38,11 @@ from cgroup import MemoryGroup, drop_caches
 from cpu_kernels import read_cases
 from record import RESULTS, load_results, save
 from shapes import write_model
+from workers import Worker, instruction_sets, say
 
 from flexgen.probe.measured import measured
 from flexgen.units import parse_bytes
 
-PEERS = Path(__file__).resolve().parent / "peers"
 MODELS = {"llama-1b-32k": "cpu_peers", "qwen3-30b-a3b-cut": "cpu_peers_mixture"}
 """The models by name, with the name of their results."""
 PROMPT_LEN = 128
@@ -53,16 +51,6 @@ BATCHES = (1, 8, 32)
 CASES = [f"{form}-{batch}" for form in FORMATS for batch in BATCHES]
 OURS = "flexgen"
 PARTS = ("prefill_s", "step_s")
-EXTENSIONS = (
-    "avx2",
-    "avx512f",
-    "avx512_bf16",
-    "avx512_vnni",
-    "avx512_fp16",
-    "amx_tile",
-    "amx_bf16",
-    "amx_int8",
-)
 READ_BYTES = 256 << 20
 
 
@@ -115,7 +103,7 @@ def measure(case: str, args: argparse.Namespace) -> dict[str, Any]:
     workers: dict[str, Worker] = {}
     try:
         for name in engines(case, args):
-            workers[name] = Worker(name, args, job)
+            workers[name] = open_worker(name, args, job)
         repeats: list[dict[str, Any]] = []
         for n in range(args.repeats):
             repeat: dict[str, Any] = {"read_bytes_per_s": read_bandwidth()}
@@ -140,7 +128,7 @@ def measure_limited(case: str, args: argparse.Namespace) -> dict[str, Any]:
         for name in engines(case, args):
             with MemoryGroup(args.limit) as group:
                 drop_caches()
-                worker = Worker(name, args, job, group)
+                worker = open_worker(name, args, job, group)
                 try:
                     repeat[name] = worker.run()
                     opened[name] = worker.opened
@@ -184,48 +172,17 @@ def make_job(case: str, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def open_worker(
+    name: str, args: argparse.Namespace, job: Mapping[str, Any], group: MemoryGroup | None = None
+) -> Worker:
+    """A process of the engine `name`, in the control group `group` if there is one."""
+    python = python_of(ENGINES[name], args)
+    assert python is not None
+    return Worker(python, ENGINES[name].worker, job, group)
+
+
 def given(job: Mapping[str, Any]) -> dict[str, Any]:
     return {key: job[key] for key in ("prompt_len", "new", "threads")}
-
-
-class Worker:
-    """A process of one engine. `opened`: what it reported when it was ready."""
-
-    def __init__(
-        self, name: str, args: argparse.Namespace, job: Mapping[str, Any], group: MemoryGroup | None = None
-    ) -> None:
-        """group: the control group of the process."""
-        python = python_of(ENGINES[name], args)
-        assert python is not None
-        env = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-        env["OMP_NUM_THREADS"] = str(job["threads"])
-        if python != sys.executable:  # the peer's Python has its own packages
-            env.pop("PYTHONPATH", None)
-        words = [python, str(PEERS / ENGINES[name].worker), json.dumps(job)]
-        self._process = subprocess.Popen(
-            group.command(words) if group else words,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=env,
-        )
-        self.opened = self._answer()
-
-    def run(self) -> dict[str, Any]:
-        """The seconds of a prefill and of a decode step, and the new ids of each row."""
-        assert self._process.stdin is not None
-        print(file=self._process.stdin, flush=True)
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        if not (text := self._process.stdout.readline()):
-            sys.exit(f"{self._process.args}: ended with status {self._process.wait()}")
-        found: dict[str, Any] = json.loads(text)
-        return found
-
-    def end(self) -> None:
-        self._process.communicate("")
 
 
 def read_bandwidth() -> float:
@@ -288,18 +245,8 @@ def line(case: str, found: Mapping[str, Any]) -> str:
     return text
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def brief(run: Mapping[str, Any]) -> str:
     return f"prefill {run['prefill_s']:.3f} s, step {1e3 * run['step_s']:.2f} ms"
-
-
-def instruction_sets() -> list[str]:
-    """The vector extensions of this processor (Linux, x86)."""
-    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
-    return [name for name in EXTENSIONS if name in flags]
 
 
 def make_parser() -> argparse.ArgumentParser:

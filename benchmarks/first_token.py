@@ -7,13 +7,16 @@ weights of a Llama shape with 1.04B parameters, written once in bfloat16, and th
 for int4).
 
 Each run is a new process that imports its engine, opens the model with all weights in memory, and generates one token
-after a prompt of 16. flexgen reads the bfloat16 weights in each format, and encodes them to int8 and int4 while it
-opens the model. llama.cpp maps a file that is already encoded. A first process of each kind, which is not measured,
-brings the files into the page cache. Another process only imports torch. A repeat runs each process once, one after
-the other. `seconds` is the time from the start of the process; the other figures are its parts.
+after a prompt of 16. llama.cpp maps a file that is already encoded. flexgen has the bfloat16 weights. With
+`fast_start`, it maps them, and maps those in int8 and int4 from files that its first start has written. Without it
+("flexgen, copied"), it reads them, and encodes them in each start.
 
-`ratio` is (llama.cpp + the import of torch) / flexgen, the median of the repeats: above 1, flexgen is faster.
-`over_torch_s` is what the import of flexgen takes in addition to that of torch.
+A first process of each kind brings the files into the page cache; `first` has its figures. Another process only
+imports torch. A repeat runs each process once, one after the other. `seconds` is the time from the start of the
+process; the other figures are its parts.
+
+`ratio` is (llama.cpp + the import of torch) / flexgen with `fast_start`, the median of the repeats: above 1, flexgen
+is faster. `over_torch_s` is what the import of flexgen takes in addition to that of torch.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ PEERS = Path(__file__).resolve().parent / "peers"
 MODEL = "llama-1b-32k"
 PROMPT_LEN = 16
 FORMATS = ("bf16", "int8", "int4")
-TORCH, OURS, THEIRS = "import torch", "flexgen", "llama.cpp"
+TORCH, OURS, COPIED, THEIRS = "import torch", "flexgen", "flexgen, copied", "llama.cpp"
 
 
 def main() -> None:
@@ -54,20 +57,22 @@ def main() -> None:
     cases: dict[str, Callable[[], dict[str, float]]] = {TORCH: import_torch}
     for form in args.format or FORMATS:
         own = job | {"format": form}
-        cases[f"{OURS} {form}"] = partial(first_token, sys.executable, "flexgen_first_token.py", own)
+        for name, fast_start in ((OURS, True), (COPIED, False)):
+            offload_dir = str(args.work_dir.resolve() / f"first-token-{fast_start}")
+            ours = own | {"fast_start": fast_start, "offload_dir": offload_dir}
+            cases[f"{name} {form}"] = partial(first_token, sys.executable, "flexgen_first_token.py", ours)
         if args.llama_python:
             worker = args.llama_python, "llama_cpp_first_token.py"
             process([worker[0], str(PEERS / worker[1]), json.dumps(own | {"write": True})], args.threads)
             cases[f"{THEIRS} {form}"] = partial(first_token, *worker, own)
-    for run in cases.values():
-        run()
+    first = {name: run() for name, run in cases.items()}
     figures = interleaved(cases, args.repeats)
     for name, found in figures.items():
         print(f"{name:<20}" + " ".join(f"{key} {each['median']:.3g}" for key, each in found.items()))
     ratios = compare(figures)
     for name, ratio in ratios.items():
         print(f"{name:<20} {ratio:.2f}")
-    print(save("first_token", {"figures": figures, "ratios": ratios}, args.out))
+    print(save("first_token", {"first": first, "figures": figures, "ratios": ratios}, args.out))
 
 
 def import_torch() -> dict[str, float]:

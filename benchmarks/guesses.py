@@ -5,7 +5,12 @@
 `copying` has records of the demo model's tasks as prompts, one after another with their answers, and then a record
 whose answer is in the prompt. The demo model continues with records of the same kind, so much of its text occurs
 earlier. `new` has random ids as prompts of a model with random weights, which draws almost random ids, so almost
-nothing occurs earlier. In both, all weights cross the link in each pass. Cases run in turn, and ids are compared.
+nothing occurs earlier. It has half as many new tokens. In both, all weights cross the link in each pass. Cases run in
+turn, and ids are compared. With five repeats, it takes about three minutes on two cores.
+
+With --predict, the result also has the predicted tokens/s of each case, from the mean length of the prompts and from
+the mean number of new tokens in a pass of the run (`Workload.copied`). The machine is measured first if its figures
+are not known.
 """
 
 from __future__ import annotations
@@ -15,11 +20,15 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from record import interleaved, save
+from record import compared, interleaved, save
 from transformers import OPTConfig
 
 from flexgen import OptLM, Policy
 from flexgen.demo.tasks import records
+from flexgen.engine.auto import this_machine
+from flexgen.models import ModelSpec
+from flexgen.predict.prediction import predict
+from flexgen.workload import Workload
 
 SHAPE = dict(hidden_size=192, num_attention_heads=6, ffn_dim=768, word_embed_proj_dim=192, vocab_size=1536)
 """That of the demo model."""
@@ -32,9 +41,11 @@ def main() -> None:
     add = parser.add_argument
     add("--guess", type=int, default=4)
     add("--prompts", type=int, default=32)
-    add("--gen-len", type=int, default=48)
+    add("--gen-len", type=int, default=32)
     add("--link", default="64MiB", help="bytes per second of the emulated link")
     add("--repeats", type=int, default=5)
+    add("--predict", action="store_true", help="also predict each case")
+    add("--no-save", action="store_true", help="print only")
     args = parser.parse_args()
 
     policy = Policy(
@@ -51,6 +62,7 @@ def main() -> None:
     random_ids = rng.integers(5, SHAPE["vocab_size"], size=(args.prompts, 64))
     config = OPTConfig(num_hidden_layers=4, **SHAPE)
     ids: dict[tuple[str, int], np.ndarray] = {}
+    jobs: dict[str, tuple[ModelSpec, Policy, Workload]] = {}
 
     def run(kind: str, guess: int) -> dict[str, float]:
         model = dict(model="demo") if kind == "copying" else dict(model=config, weights="dummy")
@@ -58,7 +70,11 @@ def main() -> None:
             prompts = [lm.tokenizer.encode(text) for text in texts] if kind == "copying" else random_ids
             sampling = {} if kind == "copying" else dict(do_sample=True, seed=0)
             lm.generate(prompts[:2], 2, stop=())  # libraries load their kernels
-            ids[kind, guess], report = lm.generate(prompts, args.gen_len, stop=(), stats=True, **sampling)
+            tokens = args.gen_len if kind == "copying" else args.gen_len // 2
+            ids[kind, guess], report = lm.generate(prompts, tokens, stop=(), stats=True, **sampling)
+            length = round(np.mean([len(prompt) for prompt in prompts]))
+            job = Workload(length, tokens, args.prompts, copied=report.copied)
+            jobs[f"{kind}, {guess} guesses"] = lm.spec, lm.policy, job
         return {
             "total_s": report.total_s,
             "decode_s": report.decode_s,
@@ -78,7 +94,16 @@ def main() -> None:
         equal = float((ids[kind, 0] == ids[kind, args.guess]).all(axis=1).mean())
         ratios[kind] = {"ratio": guessed / plain, "equal_rows": equal}
         print(f"{kind}: {guessed:.1f} against {plain:.1f} tokens/s, {guessed / plain:.2f} times")
-    save("guesses", {"arguments": vars(args), "cases": found, "ratios": ratios})
+    predictions = {}
+    machine = this_machine(opening["device"], None) if args.predict else None
+    for name, (spec, own, job) in jobs.items() if machine else ():
+        speed = predict(spec, own, machine, job, dtype="float32").report.throughput_tokens_s
+        predictions[name] = compared(name, speed, found[name]["tokens_s"]["median"])
+    if not args.no_save:
+        save(
+            "guesses",
+            {"arguments": vars(args), "cases": found, "ratios": ratios, "predicted": predictions},
+        )
 
 
 if __name__ == "__main__":

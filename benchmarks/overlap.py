@@ -26,7 +26,7 @@ from record import RESULTS, interleaved, load_results, save
 from transformers import OPTConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from flexgen import OptLM, Policy
-from flexgen.results.report import bound_seconds
+from flexgen.results.bounds import bound_seconds
 from flexgen.results.trace import Event, LaneName, Phase
 
 OPT = OPTConfig(

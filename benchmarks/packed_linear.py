@@ -6,12 +6,12 @@
 
 These figures are the reason for `fused_rows` in `kernels.groupwise_linear`: the most rows of x for which the fused
 product is at least as fast as the product with an already decoded matrix. `decode` is the cost of decoding, once for
-each visit of a layer. `matrix` is the product of the library with the plain matrix, and `linear` that of flexgen.
-`laid out` is the plain matrix in oneDNN's layout, if flexgen stores bfloat16 weights in it on this CPU, and `a8` the
-fused product with activations rounded to int8. `read` is the bandwidth of memory; next to a product is its share of
-that bandwidth. `--published` adds the formats of checkpoints, with random bytes (`kernels.encoded_linear`), and the
-time that predictions expect of them: they are not measured when flexgen measures a machine. On a GPU (--device cuda),
-the Triton kernels are measured.
+each visit of a layer. `matrix` is the product of the library with the plain matrix, `laid out` its product with a
+matrix in oneDNN's layout, and `linear` the product of flexgen. `a8` is the fused product with activations rounded to
+int8. `read` is the bandwidth of memory, and `peak` the rate of products of bfloat16 (or float32) without memory; next
+to a product are its shares of both, and its rate relative to the fastest product of the library. `--published` adds
+the formats of checkpoints, with random bytes (`kernels.encoded_linear`), and the time that predictions expect of
+them: they are not measured when flexgen measures a machine. With --device cuda, the Triton kernels are measured.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import argparse
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ from flexgen.formats.fp4 import MXFP4, NVFP4
 from flexgen.formats.integers import AWQ, GPTQ, PackedRows
 from flexgen.kernels.groupwise import dequantise, quantise
 from flexgen.kernels.groupwise_linear import multiply, multiply_rounded
-from flexgen.kernels.linear import has_prelayout, linear, prelayout
+from flexgen.kernels.linear import linear, prelayout
 from flexgen.kernels.loading import native, native_available
 from flexgen.kernels.packed import Packed
 from flexgen.kernels.quantized import QuantizedMatrix
@@ -57,6 +58,9 @@ PUBLISHED: dict[str, Encoding] = {
     "int4 awq": AWQ(128),
 }
 MEMORY = 192 << 20  # bytes of weights in rotation, so that none stays in a processor cache
+MANY_ROWS = 256  # from here on, reading weights takes no time to speak of, and one copy of them is enough
+PEAK_STEPS = 200_000
+LIBRARY = ("matrix", "laid out")
 
 
 def rate(call: Callable[[Tensor], object], weights: Sequence[Tensor], seconds: float) -> dict[str, float]:
@@ -82,6 +86,16 @@ def read_rate(memory: Tensor) -> dict[str, float]:
         native.read(memory.data_ptr(), memory.nbytes, torch.get_num_threads())
         took.append(time.perf_counter() - began)
     return {"GB/s": memory.nbytes / min(took) / 1e9}
+
+
+def peak_rate() -> dict[str, float]:
+    """GFLOP/s of products without memory, the best of a few times."""
+    rates = []
+    for _ in range(5):
+        began = time.perf_counter()
+        operations = native.multiply_registers(PEAK_STEPS, torch.get_num_threads())
+        rates.append(operations / (time.perf_counter() - began))
+    return {"GFLOP/s": max(rates) / 1e9}
 
 
 def packed_bytes(packed: Packed) -> int:
@@ -160,26 +174,58 @@ def cases_of(
     if device == "cpu":
         memory = torch.ones(MEMORY >> 20 << 20, dtype=torch.uint8)
         cases["read"] = partial(read_rate, memory)
-    laid_out = [prelayout(each) for each in plain] if device == "cpu" and has_prelayout(dtype) else []
+        cases["peak"] = peak_rate
+    has_layout = device == "cpu" and dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    laid_out = [prelayout(each) for each in plain] if has_layout else []
     for count in rows:
-        cases[f"matrix, {count} rows"] = partial(rate, partial(F.linear, x[count]), plain, seconds)
+        some = slice(1 if count >= MANY_ROWS else None)
+        cases[f"matrix, {count} rows"] = partial(rate, partial(F.linear, x[count]), plain[some], seconds)
         if device == "cpu":
-            cases[f"linear, {count} rows"] = partial(rate, partial(linear, x[count]), plain, seconds)
+            cases[f"linear, {count} rows"] = partial(rate, partial(linear, x[count]), plain[some], seconds)
         if laid_out:
-            cases[f"laid out, {count} rows"] = partial(rate, partial(linear, x[count]), laid_out, seconds)
+            cases[f"laid out, {count} rows"] = partial(
+                rate, partial(linear, x[count]), laid_out[some], seconds
+            )
     out = torch.empty_like(plain[0])
     for bits in BITS:
         kept = [quantise(weight, bits, GROUP) for _ in range(MEMORY // (weight.numel() * bits // 8))]
         nbytes[f"int{bits}"] = nbytes[f"int{bits} a8"] = packed_bytes(kept[0])
         cases[f"decode int{bits}"] = partial(rate, partial(dequantise, out=out), kept, seconds)
         for count in rows:
-            cases[f"int{bits}, {count} rows"] = partial(rate, partial(multiply, x[count]), kept, seconds)
+            some = slice(1 if count >= MANY_ROWS else None)
+            cases[f"int{bits}, {count} rows"] = partial(
+                rate, partial(multiply, x[count]), kept[some], seconds
+            )
             if device == "cpu":
                 rounded = partial(multiply_rounded, x[count])
-                cases[f"int{bits} a8, {count} rows"] = partial(rate, rounded, kept, seconds)
+                cases[f"int{bits} a8, {count} rows"] = partial(rate, rounded, kept[some], seconds)
     if published:
         add_published(cases, nbytes, shape, x, seconds)
     return cases, nbytes
+
+
+def print_table(
+    shape: tuple[int, int], nbytes: Mapping[str, int], found: Mapping[str, Mapping[str, Any]]
+) -> None:
+    medians = {case: next(iter(figures.values()))["median"] for case, figures in found.items()}
+    read, peak = medians.get("read"), medians.get("peak")
+    for case, figures in found.items():
+        if "ms" not in figures:
+            print(f"{case:<24}{medians[case]:>8.1f} {next(iter(figures))}")
+            continue
+        ms = medians[case]
+        line = f"{case:<24}{ms:>8.3f} ms"
+        if not case.startswith("decode"):
+            form, count = case.split(", ")
+            rows = int(count.split()[0])
+            gflops = 2 * shape[0] * shape[1] * rows / ms / 1e6
+            best = min(medians[f"{name}, {count}"] for name in LIBRARY if f"{name}, {count}" in medians)
+            line += f"{gflops:>8.0f} GFLOP/s{best / ms:>8.2f} of library"
+            line += f"{gflops / peak:>8.0%} of peak" if peak else ""
+            line += f"{nbytes[form] / ms / 1e6 / read:>8.0%} of read" if read else ""
+            if read and form in PUBLISHED:
+                line += f"{expected_ms(PUBLISHED[form], shape, rows, read):>8.3f} ms expected"
+        print(line)
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -210,20 +256,7 @@ def main() -> None:
         )
         found = interleaved(cases, args.repeats)
         print(f"\n{shape[0]} x {shape[1]}, {name}")
-        read = found["read"]["GB/s"]["median"] if "read" in found else None
-        for case, figures in found.items():
-            if "ms" not in figures:
-                print(f"{case:<24}{read:>8.1f} GB/s")
-                continue
-            ms = figures["ms"]["median"]
-            line = f"{case:<24}{ms:>8.3f} ms"
-            if not case.startswith("decode"):
-                form, count = case.split(", ")
-                line += f"{2 * shape[0] * shape[1] * int(count.split()[0]) / ms / 1e6:>8.0f} GFLOP/s"
-                line += f"{nbytes[form] / ms / 1e6 / read:>8.0%} of read" if read else ""
-                if read and form in PUBLISHED:
-                    line += f"{expected_ms(PUBLISHED[form], shape, int(count.split()[0]), read):>8.3f} ms expected"
-            print(line)
+        print_table(shape, nbytes, found)
         results.append({"shape": list(shape), "dtype": name, "bytes": nbytes, "figures": found})
     variant = native.variant() if args.device == "cpu" else torch.cuda.get_device_name()
     name = "packed_linear" if args.device == "cpu" else "packed_linear_gpu"

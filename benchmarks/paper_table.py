@@ -35,6 +35,7 @@ COLUMNS = {
     "original": ("{model}-t4-paper{codec}", ""),
     "our order": ("{model}-t4-paper{codec}", OUR_ORDER),
     "our order on t4": ("{model}-t4-paper{codec}", f"{OUR_ORDER} --hardware t4"),
+    "searched, same constants": ("{model}-t4-paper-found{codec}", ""),
     "searched on t4": ("{model}-t4{codec}", ""),
 }
 
@@ -55,7 +56,9 @@ def simulated(policy: str, changes: str) -> dict[str, Any]:
     except CapacityError as error:
         return {"refused": str(error)}
     report = json.loads(out.getvalue())
-    keep = ("order", "num_prompts", "prefill_s", "decode_s", "phases", "bound_share", "throughput_tokens_s")
+    keep = (
+        "order", "num_prompts", "prefill_s", "decode_s", "phases", "stages", "bound_share", "throughput_tokens_s",
+    )  # fmt: skip
     return {"hardware": report["device"]} | {key: _rounded(report[key]) for key in keep}
 
 

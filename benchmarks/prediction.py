@@ -7,7 +7,8 @@ again. The policies are predicted from these two measurements, as the mean of bo
 machine changes every minute, so each round is evaluated on its own: the figure of a policy is the median over its
 rounds of measured over predicted seconds. `prediction_cases.py` has the cases and the targets: those with which the
 cost model was developed, on the CPU and on an emulated device with limited links, and with `--held-out` others.
-DIR should be on a real disk; it needs up to 5 GB. A round takes about four minutes for each device.
+DIR should be on a real disk; it needs up to 5 GB. A round takes about four minutes for each device. Results are
+written after each run, so that --resume continues an interrupted round with the next policy.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import re
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,22 +86,31 @@ def stolen(before: Any, after: Any) -> float:
     return (getattr(after, "steal", 0.0) - getattr(before, "steal", 0.0)) / took if took else 0.0
 
 
-def a_round(
-    cases: CaseSet, device: str, names: Sequence[str], folder: str, before: Hardware
-) -> tuple[dict[str, Any], Hardware]:
-    """Run each policy, then measure the machine again. `before`: the measurement before the runs."""
-    runs = {}
+def finish(
+    one: dict[str, Any], cases: CaseSet, names: Sequence[str], folder: str, keep: Callable[[], object]
+) -> None:
+    """Run the policies that a round has not run yet, then measure the machine again. `keep`: called after each."""
+    before = Hardware.from_dict(one["hardware"][0], one["device"])
     for name in names:
-        runs[name] = run(cases, name, folder)
+        if name in one["runs"]:
+            continue
+        took = one["runs"][name] = run(cases, name, folder)
         foretold = foresee(cases, cases.cases[name], [before])["seconds"]
         print(
-            f"{name:<44}{runs[name]['seconds']:>8.2f} s, predicted {foretold:>8.2f}; "
-            f"{runs[name]['stolen']:.0%} of the processors stolen",
+            f"{name:<44}{took['seconds']:>8.2f} s, predicted {foretold:>8.2f}; "
+            f"{took['stolen']:.0%} of the processors stolen",
             file=sys.stderr,
             flush=True,
         )
-    behind = measured(device, folder, again=True)
-    return {"device": device, "hardware": [before.to_dict(), behind.to_dict()], "runs": runs}, behind
+        keep()
+    one["hardware"].append(measured(one["device"], folder, again=True).to_dict())
+    keep()
+
+
+def unfinished(rounds: Sequence[dict[str, Any]], device: str) -> dict[str, Any] | None:
+    """The last round of the device, if it was interrupted."""
+    found = [each for each in rounds if each["device"] == device]
+    return found[-1] if found and len(found[-1]["hardware"]) == 1 else None
 
 
 def last_measured(rounds: Sequence[dict[str, Any]], device: str) -> Hardware | None:
@@ -196,7 +206,7 @@ def main() -> None:
     add(
         "--resume",
         action="store_true",
-        help="add rounds to those in the results, and predict all of them again",
+        help="continue the interrupted round of the results, add further rounds, and predict all of them again",
     )
     add(
         "--reuse",
@@ -214,12 +224,14 @@ def main() -> None:
         if case.device.startswith(args.device) and name.startswith(tuple(args.case or ("",)))
     ]
     for device, some in itertools.groupby(names, lambda name: cases.cases[name].device):
-        wanted, machine = list(some), last_measured(rounds, device) if args.reuse else None
-        machine = machine or measured(device, args.offload_dir, again=True)
+        wanted, known = list(some), last_measured(rounds, device) if args.reuse else None
         for _ in range(args.rounds):
-            found, machine = a_round(cases, device, wanted, args.offload_dir, machine)
-            rounds.append(found)
-            write(cases, path, rounds)
+            if (one := unfinished(rounds, device)) is None:
+                before = known or measured(device, args.offload_dir, again=True)
+                one = {"device": device, "hardware": [before.to_dict()], "runs": {}}
+                rounds.append(one)
+            finish(one, cases, wanted, args.offload_dir, lambda: write(cases, path, rounds))
+            known = last_measured(rounds, device)
     document = write(cases, path, rounds)
     for name, found in document["figures"].items():
         ratios = " ".join(f"{each['ratio']:.2f}" for each in found["by_round"])

@@ -10,6 +10,9 @@ check, the result has the share of the first --apart prompts for which both make
 
 With --documents, each prompt has one of that number of documents of --document-len ids between the common ids and its
 own. Prompts with the same document are mixed with the others.
+
+With --predict, the result also has the predicted tokens/s of both cases. The machine is measured first if its figures
+are not known.
 """
 
 from __future__ import annotations
@@ -17,12 +20,31 @@ from __future__ import annotations
 import argparse
 
 import numpy as np
-from record import interleaved, save
+from record import compared, interleaved, save
 from transformers import OPTConfig
 
 from flexgen import OptLM, Policy
+from flexgen.engine.auto import this_machine
+from flexgen.models import open_model
+from flexgen.predict.prediction import predict
+from flexgen.workload import Workload
 
 SHAPE = dict(hidden_size=2048, num_attention_heads=32, ffn_dim=8192, word_embed_proj_dim=2048)
+
+
+def predicted(config: OPTConfig, policy: Policy, args: argparse.Namespace) -> dict[str, float]:
+    """The predicted tokens/s of each case."""
+    spec, machine = open_model(config, "dummy")[0], this_machine("cpu", None)
+    prefix = args.prefix + (args.document_len if args.documents else 0)
+    lengths, cuts = (prefix + args.own, args.gen_len), ((args.prefix,) if args.documents else ())
+    jobs = {
+        "shared": Workload(*lengths, args.prompts, prefix, cuts=cuts, groups=max(args.documents, 1)),
+        "whole prompts": Workload(*lengths, args.apart),
+    }
+    return {
+        name: predict(spec, policy, machine, job, dtype="float32").report.throughput_tokens_s
+        for name, job in jobs.items()
+    }
 
 
 def main() -> None:
@@ -40,6 +62,8 @@ def main() -> None:
     add("--apart", type=int, default=32, help="prompts of the run without sharing")
     add("--batch", type=int, default=64)
     add("--repeats", type=int, default=1)
+    add("--predict", action="store_true", help="also predict each case")
+    add("--no-save", action="store_true", help="print only")
     args = parser.parse_args()
 
     rng = np.random.default_rng(0)
@@ -80,10 +104,18 @@ def main() -> None:
     print(
         f"{shared:.1f} against {whole:.1f} tokens/s: {shared / whole:.1f} times; {equal:.0%} of the rows are equal"
     )
-    save(
-        "prefix_tree" if args.documents else "prefix",
-        {"arguments": vars(args), "cases": found, "ratio": shared / whole, "equal_rows": equal},
-    )
+    speeds = predicted(config, policy, args) if args.predict else {}
+    figures = {
+        "arguments": vars(args),
+        "cases": found,
+        "ratio": shared / whole,
+        "equal_rows": equal,
+        "predicted": {
+            name: compared(name, speed, found[name]["tokens_s"]["median"]) for name, speed in speeds.items()
+        },
+    }
+    if not args.no_save:
+        save("prefix_tree" if args.documents else "prefix", figures)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,14 @@ def interleaved(
     }
 
 
+def compared(name: str, expected: float, measured: float) -> dict[str, float]:
+    """Print a predicted speed next to the measured one. Both are in tokens/s. Returns the figures for the results."""
+    print(
+        f"{name}: predicted {expected:.1f} tokens/s, measured {measured:.1f}, {expected / measured - 1:+.0%}"
+    )
+    return {"tokens_s": expected, "of_measured": expected / measured}
+
+
 def anywhere(word: str) -> str:
     """Remove paths, which have no meaning on other machines."""
     path = Path(word)

@@ -21,7 +21,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from record import interleaved, save
+from record import compared, interleaved, save
 from transformers import OPTConfig
 
 from flexgen import OptLM, Policy
@@ -99,11 +99,7 @@ def main() -> None:
             print(f"{kind}: {ratios[kind]:.2f} times the tokens/s of block after block")
             for name, size in at_a_time.items() if machine else ():
                 expected = predicted(model, counts, args.prompt_len, size, machine)
-                predictions[f"{kind}, {name}"] = {
-                    "tokens_s": expected,
-                    "of_measured": expected / speeds[name],
-                }
-                print(f"{kind}, {name}: predicted {expected:.1f} tokens/s, measured {speeds[name]:.1f}")
+                predictions[f"{kind}, {name}"] = compared(f"{kind}, {name}", expected, speeds[name])
             if not args.no_save:  # later cases may be interrupted
                 found_so_far = {"figures": figures, "ratios": ratios, "predicted": predictions}
                 save("refill", {"arguments": vars(args), **found_so_far})

@@ -12,13 +12,14 @@ import torch  # noqa: E402
 
 torch_imported = time.perf_counter()
 
+from flexgen import OptLM, Policy  # noqa: E402, I001 (as users do: before the modules that it imports)
+
 from contextlib import ExitStack  # noqa: E402
 from typing import Any  # noqa: E402
 
 from protocol import prompt_ids  # noqa: E402
 
 import flexgen.engine.model  # noqa: E402
-from flexgen import OptLM, Policy  # noqa: E402
 from flexgen.memory.cpu import peak_resident_bytes, resident_bytes  # noqa: E402
 from flexgen.memory.homes import Homes  # noqa: E402
 
@@ -41,7 +42,15 @@ def main() -> None:
         activations={"cpu": 100},
     )
     with ExitStack() as stack:
-        model = OptLM(work["model"], policy, device="cpu", dtype="bfloat16", progress=False)
+        model = OptLM(
+            work["model"],
+            policy,
+            device="cpu",
+            dtype="bfloat16",
+            offload_dir=work["offload_dir"],
+            fast_start=work["fast_start"],
+            progress=False,
+        )
         stack.enter_context(model)
         opened = time.perf_counter()
         ids = model.generate(prompt_ids(1, work["prompt_len"]), 1, stop=())

@@ -19,6 +19,20 @@ def prompt_ids(batch: int, length: int) -> np.ndarray:
     return np.random.default_rng(0).integers(4, 30_000, size=(batch, length))
 
 
+def ragged_prompts(work: dict[str, Any]) -> tuple[list[np.ndarray], list[int]]:
+    """The prompts of a job, and the number of new tokens of each.
+
+    All prompts begin with the same `prefix` ids. `own` is the smallest and the largest number of the other ids of a
+    prompt. The numbers of new tokens are geometric with the mean `mean_new`, and `gen_len` at most.
+    """
+    rng, count = np.random.default_rng(0), work["prompts"]
+    shared = rng.integers(4, 30_000, size=work["prefix"])
+    least, most = work["own"]
+    lengths = rng.integers(least, most + 1, size=count)
+    prompts = [np.concatenate([shared, rng.integers(4, 30_000, size=length)]) for length in lengths]
+    return prompts, rng.geometric(1 / work["mean_new"], size=count).clip(1, work["gen_len"]).tolist()
+
+
 _answers: list[int] = []  # the original standard output, after `job`
 
 

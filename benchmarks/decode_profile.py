@@ -1,0 +1,130 @@
+"""The time of a decode step of a small batch by kernel, with the weights in memory, and the Python code between them.
+
+    python benchmarks/decode_profile.py --work-dir DIR [--model qwen3-30b-a3b-cut] [--format bf16 int4] [--batch 1]
+
+DIR has the models of cpu_peers.py. For each number format, the script decodes a few tokens and times each call of the
+recorded cells (`flexgen.kernels.tape`). `between` is the rest of a step: Python, kernels of torch, and cells that are
+not recorded. Times are medians of the steps, in ms. A product has its share of the read bandwidth, which is measured
+before and after each format.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from cpu_peers import FORMATS, MODELS, PROMPT_LEN, instruction_sets, read_bandwidth
+from record import save
+
+from flexgen import OptLM, Policy
+from flexgen.kernels.tape import profiled
+
+BITS = {"int8": 8.5, "int4": 4.5}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--work-dir", type=Path, required=True)
+    add("--model", choices=MODELS, default="llama-1b-32k")
+    add("--format", nargs="+", choices=FORMATS, default=list(FORMATS))
+    add("--batch", type=int, default=1)
+    add("--new", type=int, default=24, help="new tokens")
+    add("--threads", type=int, default=os.cpu_count())
+    add("--out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    found = {}
+    for form in args.format:
+        found[form] = profile(form, args)
+        show(form, found[form])
+    document = {"model": args.model, "batch": args.batch, "prompt_len": PROMPT_LEN, "formats": found}
+    print(save("decode_profile", {"instruction_sets": instruction_sets(), **document}, args.out))
+
+
+def profile(form: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The seconds of a step and of its parts."""
+    ids = np.random.default_rng(0).integers(4, 30_000, size=(args.batch, PROMPT_LEN))
+    policy = Policy(
+        gpu_batch_size=args.batch,
+        weights={"cpu": {"percent": 100, "codec": form if form in BITS else "none"}},
+        cache={"cpu": 100},
+        activations={"cpu": 100},
+    )
+    dtype = "float16" if form == "fp16" else "bfloat16"
+    with OptLM(args.work_dir / args.model, policy, device="cpu", dtype=dtype, progress=False) as model:
+
+        def step() -> float:
+            """The seconds of a step."""
+            model.generate(ids, args.new, stop=())
+            assert model.stats is not None
+            return model.stats.timing.decode / (args.new - 1)
+
+        step()
+        read = [read_bandwidth()]
+        plain = step()
+        with profiled() as replays:
+            timed = step()
+        read.append(read_bandwidth())
+        weight_bytes = sum(model.placement.nbytes.values())
+    bandwidth = statistics.median(read)
+    parts = by_part(replays, args.new - 1)
+    figures: dict[str, Any] = {
+        "read_bytes_per_s": bandwidth,
+        "step_s": plain,
+        "timed_step_s": timed,
+        "read_share": weight_bytes / plain / bandwidth,
+        "parts": {name: {"s": seconds, "calls": calls} for name, (seconds, calls) in parts.items()},
+    }
+    for name, part in figures["parts"].items():
+        if values := product_values(name):
+            nbytes = part["calls"] * values * BITS.get(form, 16) / 8
+            part["read_share"] = nbytes / part["s"] / bandwidth
+    figures["parts"]["between"] = {"s": timed - sum(seconds for seconds, _ in parts.values()), "calls": 1}
+    return figures
+
+
+def by_part(replays: list[list[tuple[str, float]]], steps: int) -> dict[str, tuple[float, int]]:
+    """The median seconds of a step and its number of calls, by name of the call.
+
+    The first steps record the cells, one by one: only the last half of the steps is used.
+    """
+    each = max(round(len(replays) / steps), 1)
+    per_step = [replays[n : n + each] for n in range(len(replays) % each, len(replays), each)]
+    half = per_step[len(per_step) // 2 :]
+    sums: list[Counter[str]] = [Counter() for _ in half]
+    for total, own in zip(sums, half, strict=True):
+        for replay in own:
+            for name, seconds in replay:
+                total[name] += seconds
+    calls = Counter(name for replay in half[-1] for name, _ in replay)
+    return {name: (statistics.median(total[name] for total in sums), n) for name, n in calls.items()}
+
+
+def product_values(name: str) -> int:
+    """The values of the matrices of a call "product of 2048 with 512 512"; 0 for other calls."""
+    words = name.split()
+    return int(words[2]) * sum(map(int, words[4:])) if words[0] == "product" else 0
+
+
+def show(form: str, found: dict[str, Any]) -> None:
+    print(
+        f"{form}: step {1e3 * found['step_s']:.2f} ms (timed {1e3 * found['timed_step_s']:.2f}), "
+        f"{found['read_share']:.0%} of {found['read_bytes_per_s'] / 1e9:.1f} GB/s"
+    )
+    for name, part in sorted(found["parts"].items(), key=lambda item: -item[1]["s"]):
+        share = f"{part['read_share']:>6.0%}" if "read_share" in part else ""
+        whole = part["s"] / found["timed_step_s"]
+        print(f"  {name:<40}{part['calls']:>5}{1e3 * part['s']:>9.3f} ms{whole:>7.1%}{share}")
+
+
+if __name__ == "__main__":
+    main()
