@@ -61,7 +61,7 @@ def plan_memory(
     support the model's scores.
     """
     _check_sparsity(layers, policy)  # raises before weights are loaded, like the formats of heads
-    _check_guess(layers, policy, workload)
+    _check_lengths(layers, policy, workload)
     _check_reserve(layers, policy, workload)
     for tier in Tier:
         for attention in kinds_of_attention(layers):
@@ -114,21 +114,21 @@ def _check_sparsity(layers: Sequence[Layer], policy: Policy) -> None:
             )
 
 
-def _check_guess(layers: Sequence[Layer], policy: Policy, workload: Workload | None) -> None:
+def _check_lengths(layers: Sequence[Layer], policy: Policy, workload: Workload | None) -> None:
     """Raise PolicyError if a pass of the decode with guesses has more tokens than layers compute at once, or if rows
     of different lengths have keys that depend on the length of the text."""
     spec, rows, guess = layers[0].spec, policy.gpu_batch_size, policy.guess
     if not policy.lengths_differ:
         return
+    name, value = ("guess", guess) if guess else ("prefill_rows", policy.prefill_rows)
     if rows * (1 + guess) > spec.chunk_tokens:
         raise PolicyError(
-            f"guess is {guess} with gpu_batch_size = {rows}: a pass of the decode has up to {rows * (1 + guess)} "
+            f"{name} is {value} with gpu_batch_size = {rows}: a pass of the decode has up to {rows * (1 + guess)} "
             f"tokens, and {spec.name} computes at most {spec.chunk_tokens} at once; lower one of the two"
         )
     if workload is not None and spec.stretches(workload.capacity):
-        name = "guess" if guess else "prefill_rows"
         raise PolicyError(
-            f"{name} is {getattr(policy, name)} for texts of {workload.capacity} tokens, but the keys of {spec.name} "
+            f"{name} is {value} for texts of {workload.capacity} tokens, but the keys of {spec.name} "
             f"change with the length of such a text; set {name} to 0 or shorten the texts"
         )
 

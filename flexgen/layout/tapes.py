@@ -15,7 +15,7 @@ from flexgen.models import Layer
 from flexgen.models.attention import Attention
 from flexgen.models.embed import Head
 from flexgen.models.layer import AttentionLayer, TransformerLayer
-from flexgen.models.mlp_spec import MLPSpec
+from flexgen.models.mlp_spec import MixtureSpec, MLPSpec
 from flexgen.models.norm_spec import NormSpec
 from flexgen.policy import Policy
 from flexgen.units import MIB
@@ -58,13 +58,18 @@ def _compiled(layer: Layer) -> bool:
     spec, own = layer.spec, layer.layer_spec
     if own is None:
         return _rms(spec.final_norm) and spec.logit_scale == 1 and spec.logit_cap is None
-    mlp = own.mlp
-    if not isinstance(layer, Attention) and not (
-        isinstance(mlp, MLPSpec) and mlp.gated and mlp.activation in _GATES
-    ):
+    if not isinstance(layer, Attention) and not _gated(own.mlp):
         return False
     norms = (getattr(own.norms, name.name) for name in fields(own.norms))
     return all(map(_rms, norms)) and own.residual_scale == 1 and not own.scaled
+
+
+def _gated(mlp: MLPSpec | MixtureSpec) -> bool:
+    if isinstance(mlp, MLPSpec):
+        return mlp.gated and mlp.activation in _GATES
+    alone = mlp.norms is None and mlp.shared is None and mlp.scale == 1
+    plain = alone and mlp.clamped is None and not mlp.bias and mlp.weighted == "outputs"
+    return plain and mlp.router.groups == 1 and not mlp.expert_scale and mlp.activation in _GATES
 
 
 def _rms(norm: NormSpec | None) -> bool:

@@ -188,15 +188,9 @@ class Policy:
     reserve_new: int = 0
 
     def __post_init__(self) -> None:
-        for name in (
-            "gpu_batch_size",
-            "num_gpu_batches",
-            "prefill_chunk",
-            "prefill_rows",
-            "guess",
-            "reserve_new",
-        ):
-            least = int(name in ("gpu_batch_size", "num_gpu_batches"))
+        counts = dict.fromkeys(("gpu_batch_size", "num_gpu_batches"), 1)
+        counts |= dict.fromkeys(("prefill_chunk", "prefill_rows", "guess", "reserve_new"), 0)
+        for name, least in counts.items():
             object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
         if not isinstance(self.attend_on, str) or self.attend_on not in (Tier.CPU, Tier.GPU):
             raise PolicyError(f'attend_on is {shown(self.attend_on)}; it must be "cpu" or "gpu"')

@@ -30,7 +30,8 @@ class FixedCosts:
         self._shares: dict[int, float] = {}  # of the cells of equal layers, those that are repeated
         passes, topology = Passes.of(workload, policy), model.hardware.topology
         # Rows that end early leave rows of different lengths, whose cells are not recorded.
-        if not fixed.recorded or workload.mean_new is not None or workload.gen_len <= MIN_TOKENS:
+        differ = workload.mean_new is not None or policy.prefill_rows
+        if not fixed.recorded or differ or workload.gen_len <= MIN_TOKENS:
             self._each = 0.0
             return
         layers = recordable(model.layers, model.placement, policy, passes, topology)

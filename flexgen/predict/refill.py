@@ -133,9 +133,9 @@ def refilled_passes(
             tokens,
             len(running),
             stage,
-            moved,
-            begins,
-            changed and not last,
+            moved=moved,
+            begins=begins,
+            cut=changed and not last,
             put_back=sum(map(len, put_back)),
         )
         for rows in put_back:
@@ -181,7 +181,8 @@ def _by_place(answers: Sequence[int], policy: Policy, passes: Passes) -> Iterato
         ended = [count >= most for count, most in zip(new, answers, strict=True)]
         seated = reseated(batches, ended, [count > 0 for count in new], waiting, passes.rows)
         changed = bool(entry) or seated != batches
-        yield RefilledPass(rows, tokens, len(running), stage, 0, begins, changed and not entry, bool(entry))
+        cut, alone = changed and not entry, bool(entry)
+        yield RefilledPass(rows, tokens, len(running), stage, begins=begins, cut=cut, alone=alone)
         batches, begins = seated, changed
         seats = max(seats, *(1 + row for batch in batches for row in batch), 0)
         waiting = list(range(seats, len(answers)))

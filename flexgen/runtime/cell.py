@@ -109,11 +109,9 @@ class BoundCell:
 
         Only jobs of the cell may read those of each row, because the pass before sets them.
         """
-        return (
-            self.column or self.span.length
-            if self.guesses is None
-            else self.guesses.lengths[rows.start : rows.stop]
-        )
+        if self.guesses is not None:
+            return self.guesses.lengths[rows.start : rows.stop]
+        return self.column or self.span.length
 
     def own(self, scoring: Scoring) -> Scoring:
         """The scoring of attention over the tokens of the cache."""

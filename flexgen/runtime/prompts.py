@@ -90,6 +90,7 @@ class Prompts:
             for _ in range(0 if self.device.shares_host_memory else slots)
         ]
         self.made: dict[int, Tensor] = {}
+        self._entered = False
         self.guesses: Guesses | None = None
         self.seating: Seating | None = None
 
@@ -119,8 +120,7 @@ class Prompts:
     @property
     def stage(self) -> Stage:
         """The stage of the block with the present batches."""
-        seats = len(self.newest)
-        if len(self.lengths) == seats or (self.waiting and self.waiting[0][0] <= seats):
+        if not self._entered:
             return Stage.FILL
         return Stage.STEADY if self.waiting else Stage.DRAIN
 
@@ -214,7 +214,9 @@ class Prompts:
                 here.append(CellRows(k, range(len(rows)), self._batches[k]))
                 self.guesses.seat(self._batches[k], number)
         seated = {row for rows in batches for row in rows}
-        self.waiting = [rows for rows in self.waiting if rows[0] not in seated]
+        later = [rows for rows in self.waiting if rows[0] not in seated]
+        self._entered |= len(later) < len(self.waiting)
+        self.waiting = later
         cells = entry_cells(batches, new, passes.rows, passes.rows_of_cell)
         parts = [CellRows(k, places, self._ids.part(self._batches[k], places, number)) for k, places in cells]
         self._cells = between(here, parts)
@@ -266,6 +268,7 @@ class Prompts:
         for rows in batches:
             if rows[0] not in began:
                 self.waiting.remove(list(rows))
+                self._entered = True
                 first = self._passes.first_of(max(self.lengths[row] for row in rows))
                 made.append(self._ids.batch(rows, rooms.pop(0), max(number - first, 0)))
             elif tuple(rows) in before:

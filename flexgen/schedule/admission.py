@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from itertools import islice
 from typing import TypeVar
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 _PAID_BACK = 2
 """The number of tokens after which compaction pays off. It reads and writes the cache of the remaining rows once.
@@ -120,7 +120,7 @@ def entry_cells(
     return cells
 
 
-def between(many: Sequence[T], few: Sequence[T]) -> list[T]:
+def between(many: Sequence[_T], few: Sequence[_T]) -> list[_T]:
     """The elements of both sequences in one, those of each in order and evenly spread."""
     places = [((n + 0.5) / len(some), some is few, n) for some in (many, few) for n in range(len(some))]
     return [few[n] if is_few else many[n] for _, is_few, n in sorted(places)]

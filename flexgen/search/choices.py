@@ -103,8 +103,8 @@ class Choices:
         if not form.prefill_rows or "prefill_rows" in self.fixed:
             return shaped
         workload = self._job.workload
-        refused = size > self._job.spec.chunk_tokens  # see `plan_memory`
-        if refused or workload.num_prompts < _FEWEST_BLOCKS * shaped.block_size:
+        too_large = size > self._job.spec.chunk_tokens  # see `plan_memory`
+        if too_large or workload.num_prompts < _FEWEST_BLOCKS * shaped.block_size:
             return None
         mean = workload.mean_new or workload.gen_len
         return shaped.replace(prefill_rows=max(round(shaped.block_size / mean), 1))

@@ -81,9 +81,7 @@ class Figures:
     base: np.ndarray
     change: np.ndarray  # (columns, 2 * rows + 3)
     serial: bool  # no steps overlap, even on different lanes
-    joined: bool = (
-        False  # prompts are computed in the passes of the decode, so the steps of both phases overlap
-    )
+    joined: bool = False  # prompts are computed in passes of the decode, so both phases overlap
 
     def at(self, shares: Shares) -> np.ndarray:
         part = np.array([shares.get(column, 0.0) for column in self.columns])

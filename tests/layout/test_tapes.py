@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import GemmaConfig, LlamaConfig, MistralConfig, OPTConfig
+from transformers import GemmaConfig, LlamaConfig, MistralConfig, MixtralConfig, OPTConfig
 
 from flexgen import OptLM, Policy
 from flexgen.kernels.loading import native_available
@@ -21,6 +21,9 @@ CONFIGS = {
     "llama": LLAMA,
     "another gate": GemmaConfig(head_dim=16, num_key_value_heads=2, intermediate_size=128, **SHAPE),
     "window": MistralConfig(num_key_value_heads=2, intermediate_size=128, sliding_window=8, **SHAPE),
+    "mixture": MixtralConfig(
+        num_key_value_heads=2, intermediate_size=128, num_local_experts=4, sliding_window=None, **SHAPE
+    ),
     "layer norms": OPTConfig(word_embed_proj_dim=64, ffn_dim=128, **SHAPE),
 }
 IN_PLACE = {name: {"cpu": 100} for name in ("weights", "cache", "activations")}

@@ -34,6 +34,15 @@ def test_passes_by_hand():
     assert [one.cut for one in passes] == [True, False, True, False, False]
 
 
+def test_prompts_that_enter_at_a_rate_have_runs_of_their_own():
+    policy = Policy(gpu_batch_size=2, num_gpu_batches=2, prefill_rows=1, activations={"gpu": 100})
+    passes = list(refilled_passes([3, 2, 4, 1, 2], policy, Passes(5, rows=1)))
+    assert sum(one.live for one in passes) == 12
+    assert [one.entering for one in passes[:4]] == [1] * 4 and not passes[-1].entering
+    for one in passes:
+        assert one.alone == (one.entering > 0) and not (one.put_back or one.moved)
+
+
 def test_rows_that_move_count_their_tokens():
     passes = list(refilled_passes([1, 4, 1, 4, 1, 1], Policy(gpu_batch_size=2, num_gpu_batches=2), Passes(5)))
     assert [one.rows for one in passes] == [(2, 2), (2, 2), (2,), (2,)]
