@@ -15,6 +15,7 @@ from flexgen.models import Layer
 from flexgen.models.attention import Attention
 from flexgen.models.embed import Head
 from flexgen.models.layer import AttentionLayer, TransformerLayer
+from flexgen.models.mixture import Mixture
 from flexgen.models.mlp_spec import MixtureSpec, MLPSpec
 from flexgen.models.norm_spec import NormSpec
 from flexgen.policy import Policy
@@ -79,8 +80,18 @@ def _rms(norm: NormSpec | None) -> bool:
 def temporary_bytes(layer: Layer, rows: int, dtype: torch.dtype) -> int:
     """An estimate of the bytes that the tape of a decode cell keeps: the results of its norms, products and
     attention."""
+    if isinstance(layer, Mixture):
+        return rows * _mixture_values(layer) * dtype.itemsize
     matrices = [weight for weight in layer.weights if len(weight.shape) == 2]
     values = layer.spec.hidden_size + sum(weight.shape[0] for weight in matrices)
     if isinstance(layer, AttentionLayer):
         values += layer.layer_spec.attention.q_size
     return rows * values * dtype.itemsize
+
+
+def _mixture_values(layer: Mixture) -> int:
+    """The values of a token that the tape of a mixture keeps: its experts have a copy of their input."""
+    own = layer.layer_spec.mlp
+    assert isinstance(own, MixtureSpec)
+    hidden, router = layer.spec.hidden_size, own.router
+    return 2 * hidden + router.experts + router.top_k * 2 * (hidden + own.size)

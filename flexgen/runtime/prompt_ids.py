@@ -15,7 +15,8 @@ from flexgen.runtime.batches import Batch
 class PromptIds:
     """The ids of prompts, and host memory (`rooms`) for those of the batches that are computed next.
 
-    `lengths`: of the prompts, with the new tokens that were `kept` of rows that were put back to wait.
+    `lengths`: of the prompts, with the new tokens that were `kept` of rows that were put back to wait. `entered`:
+    whether some have entered after the first block of prompts.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class PromptIds:
         self._passes = passes
         self.pad_id = pad_id
         self.rooms = rooms
+        self.entered = False
         self._device = device
 
     def batch(self, rows: Sequence[int], room: int, began: int) -> Batch:

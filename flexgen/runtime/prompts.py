@@ -90,7 +90,6 @@ class Prompts:
             for _ in range(0 if self.device.shares_host_memory else slots)
         ]
         self.made: dict[int, Tensor] = {}
-        self._entered = False
         self.guesses: Guesses | None = None
         self.seating: Seating | None = None
 
@@ -120,7 +119,7 @@ class Prompts:
     @property
     def stage(self) -> Stage:
         """The stage of the block with the present batches."""
-        if not self._entered:
+        if not self._ids.entered:
             return Stage.FILL
         return Stage.STEADY if self.waiting else Stage.DRAIN
 
@@ -215,7 +214,7 @@ class Prompts:
                 self.guesses.seat(self._batches[k], number)
         seated = {row for rows in batches for row in rows}
         later = [rows for rows in self.waiting if rows[0] not in seated]
-        self._entered |= len(later) < len(self.waiting)
+        self._ids.entered |= len(later) < len(self.waiting)
         self.waiting = later
         cells = entry_cells(batches, new, passes.rows, passes.rows_of_cell)
         parts = [CellRows(k, places, self._ids.part(self._batches[k], places, number)) for k, places in cells]
@@ -268,7 +267,7 @@ class Prompts:
         for rows in batches:
             if rows[0] not in began:
                 self.waiting.remove(list(rows))
-                self._entered = True
+                self._ids.entered = True
                 first = self._passes.first_of(max(self.lengths[row] for row in rows))
                 made.append(self._ids.batch(rows, rooms.pop(0), max(number - first, 0)))
             elif tuple(rows) in before:
