@@ -18,10 +18,9 @@ from flexgen.policy import Policy
 from flexgen.predict.refill import refilled_passes
 from flexgen.workload import Workload
 
-_ROWS = 8
-"""The most rows of a batch that are simulated."""
 _PLACES = 128
-"""Blocks with more places than this are simulated with fewer rows in a batch, but at least `_FEWEST`."""
+"""Blocks with more places than this are simulated with fewer rows in a batch, but at least `_FEWEST`. With few rows, the
+longest answer of a block is shorter than that of the job."""
 _FEWEST = 4
 _LONGEST = 64
 """The longest answers that are simulated. Longer ones are represented by a fraction of their length."""
@@ -30,7 +29,8 @@ _LEAST_MEAN = 8
 _TIMED = 5
 """The number of passes that a prediction lays out for each kind of pass: two, each with one or two others."""
 _BLOCKS = 4
-"""The number of blocks of prompts that is simulated. Further ones take as long as the last two of these."""
+"""The number of blocks of prompts with the longest answers that is simulated. Further ones take as long as the last two
+of these."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Turnover:
 def turnover(workload: Workload, policy: Policy) -> Turnover:
     """The turnover of a workload in which prompts enter (`refills`), and of policies of this shape."""
     batches = policy.num_gpu_batches
-    rows = min(policy.gpu_batch_size, _ROWS, max(_PLACES // batches, _FEWEST))
+    rows = min(policy.gpu_batch_size, max(_PLACES // batches, _FEWEST))
     # With guesses, a row needs fewer passes.
     in_pass = workload.tokens_in_pass(policy.guess)
     longest = 1 + (workload.gen_len - 1) / in_pass
@@ -69,9 +69,10 @@ def turnover(workload: Workload, policy: Policy) -> Turnover:
     def simulated(blocks: float) -> tuple[np.ndarray, int]:
         return _simulated(shape, max(round(blocks * places), 1), width, *answers)
 
-    found, timed = simulated(min(blocks, _BLOCKS))
-    if blocks > _BLOCKS:
-        found = found + (blocks - _BLOCKS) / 2 * (found - simulated(_BLOCKS - 2)[0])
+    most = _BLOCKS * max(_LONGEST // short, 1)
+    found, timed = simulated(min(blocks, most))
+    if blocks > most:
+        found = found + (blocks - most) / 2 * (found - simulated(most - 2)[0])
     entering, passes, cells, tokens = map(float, found)
     token = unit * tokens / cells if cells else 0.0
     return Turnover(entering, unit * passes, unit * cells, token, timed)
