@@ -45,7 +45,7 @@ def opt(configs):
     size=st.sampled_from([4, 8, 24]),
     batches=st.integers(1, 9),
     blocks=st.sampled_from([1, 2.5, 4, 9]),
-    gen_len=st.sampled_from([2, 20, 64, 200]),
+    gen_len=st.sampled_from([3, 20, 64, 200]),
     share=st.floats(0, 1),
 )
 def test_turnover_is_that_of_all_passes(size, batches, blocks, gen_len, share):
