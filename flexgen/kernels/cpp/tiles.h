@@ -306,7 +306,7 @@ void prepare_operand(PackedLinear &job) {
 }
 TARGET inline void prepare_tiled(PackedLinear &job) {
     job.tiled = true;
-    job.block = TILE_WEIGHTS;
+    job.block = BAND_ROWS;
     job.piece = 4 * BAND_ROWS;
     by_pairs(job) ? prepare_operand<Bf16>(job) : prepare_operand<float>(job);
 }
