@@ -8,7 +8,6 @@ namespace dots {
 constexpr int64_t AHEAD = 8192;  // bytes from a line to the one that is prefetched: to the L2 cache, because the L1 cache can
                                  // wait for few lines at a time
 constexpr int AT_ONCE = 4;  // lines that are multiplied at once
-constexpr int64_t SCALE_BYTES = 4096;  // of scales and minimums in float32, which share the L1 cache with x
 
 // A line of codes: two chunks of four bits, or one of eight.
 template <int BITS>
@@ -103,19 +102,18 @@ template <class Kind, int BITS>
 APART void multiply_lines(const PackedLinear &job, int64_t begin, int64_t end) {
     const int64_t stride = padded(chunks_of(job)), bytes = job.in * BITS / 8, lines = lines_of(job);
     static thread_local std::vector<float> room;
-    const int64_t scaled_rows = std::clamp<int64_t>(SCALE_BYTES / (2 * stride * sizeof(float)), 1, LANES);  // rows
-    float *every = aligned(room, scaled_rows * 2 * stride);
+    float *every = aligned(room, LANES * 2 * stride);
     const uint32_t *x = (const uint32_t *)job.operand;
     Vec sums[LANES] = {};
     for (int64_t n = begin; n < end; n += LANES) {
         const int64_t count = std::min<int64_t>(LANES, end - n);
+        // First, so that the products of a row need not wait for them.
+        for (int64_t k = 0; k < count; ++k)
+            chunk_scales<Kind, BITS>(job, n + k, every + 2 * k * stride, every + (2 * k + 1) * stride);
         for (int64_t k = 0; k < count; ++k) {
-            // Before the first of some rows, so that the products of a row need not wait for its scales.
-            for (int64_t i = 0; k % scaled_rows == 0 && i < std::min(scaled_rows, count - k); ++i)
-                chunk_scales<Kind, BITS>(job, n + k + i, every + 2 * i * stride, every + (2 * i + 1) * stride);
             prefetch_scales(job, n + k + LANES);
             const uint8_t *codes = job.packed + (n + k) * bytes;
-            const float *scales = every + 2 * (k % scaled_rows) * stride, *minimums = scales + stride;
+            const float *scales = every + 2 * k * stride, *minimums = scales + stride;
             Vec total[AT_ONCE] = {}, rest[1] = {};
             for (int64_t c = 0; c < stride; c += LANES) rest[0] = fma(load(minimums + c), load(job.sums + c), rest[0]);
             int64_t line = 0;
