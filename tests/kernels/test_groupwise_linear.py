@@ -93,7 +93,7 @@ def test_every_number_of_rows(version, dtype, bits):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("groups", [64, 127, 300, 600])
 def test_one_row_of_many_groups(version, groups, bits):
-    # The more groups, the fewer rows of the matrix whose scales are widened at once (cpp/lines.h).
+    # 127 groups are whole lines of codes for eight bits only, and no whole vectors of scales (cpp/lines.h).
     case = Case(torch.bfloat16, 1, 37, groups, bits)
     case.check(product(version)(*case.arguments), version)
 
