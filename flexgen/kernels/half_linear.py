@@ -3,8 +3,8 @@
 For few rows, the compiled kernel is the fastest (benchmarks/host_linear.py). It reads the matrix where it is stored,
 so a tied head and streamed weights are as fast as others. With instructions for products of bfloat16, it is the
 fastest for many rows too (benchmarks/packed_linear.py). Without instructions for a type, the type only saves storage
-and bandwidth: the kernel widens values to float32 in registers and caches, and for many rows a library's float32
-product takes widened pieces.
+and bandwidth: the kernel widens values to float32 in registers and caches. That is faster than the float32 product of
+a library with widened pieces of the matrix, except for many rows without AVX2.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from flexgen.kernels.results import empty_result
 from flexgen.units import MIB, align
 
 _HALVES = (torch.bfloat16, torch.float16)
-_WIDENED_ROWS = 256
-"""The maximum rows of x for which the compiled kernel is at least as fast as the library, if it widens."""
+_BASELINE_ROWS = 256
+"""The maximum rows of x for which the compiled kernel widens without AVX2. It is not measured."""
 _ROWS_BESIDE_AMX = 8
 """The same if the CPU has instructions for tiles of the type (AMX). It is not measured: reading the matrix limits so
 few rows."""
@@ -59,7 +59,9 @@ def _rows(dtype: torch.dtype) -> int:
         return _ROWS_BESIDE_AMX
     if dtype is torch.bfloat16 and native.variant() == "avx512_bf16":
         return EVERY_ROW
-    return 0 if has_products(dtype) else _WIDENED_ROWS
+    if has_products(dtype):
+        return 0
+    return _BASELINE_ROWS if native.variant() == "baseline" else EVERY_ROW
 
 
 def fastest(x: Tensor, weight: Tensor) -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:

@@ -91,6 +91,14 @@ def test_every_number_of_rows(version, dtype, bits):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("groups", [64, 127, 300, 600])
+def test_one_row_of_many_groups(version, groups, bits):
+    # 127 groups are whole lines of codes for eight bits only, and no whole vectors of scales (cpp/lines.h).
+    case = Case(torch.bfloat16, 1, 37, groups, bits)
+    case.check(product(version)(*case.arguments), version)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("rows", [1, 3, 14, 31, 64, 300])
 def test_large_matrices_are_split_over_threads(variant, bits, rows):
     case = Case(torch.bfloat16, rows, 1501, 16, bits)

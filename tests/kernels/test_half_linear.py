@@ -63,6 +63,21 @@ def test_every_shape(variant, dtype, rows, out_size, in_size, biased):
         native.set_variant(before)
 
 
+@needs_kernel
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("in_size", [4096, 4097, 5000, 8192])
+def test_one_long_row(variant, dtype, in_size):
+    # From 4,097 values on, x is not converted to float32 before the product.
+    before = native.variant()
+    native.set_variant(variant)
+    try:
+        x, weight, bias = operands(dtype, (1,), 37, in_size, True)
+        assert_exact(multiply_natively(x, weight, bias), x, weight, bias)
+    finally:
+        native.set_variant(before)
+
+
 @given(
     dtype=st.sampled_from(HALVES),
     rows=st.integers(0, 60),
@@ -166,6 +181,7 @@ def test_the_rows_of_the_kernel_depend_on_the_instructions(monkeypatch):
             for dtype in HALVES:
                 monkeypatch.setattr(half_linear, "has_products", lambda dtype: False)
                 widened = native_rows(dtype)
+                assert (widened < EVERY_ROW) == (variant == "baseline")
                 monkeypatch.setattr(half_linear, "has_products", lambda dtype: True)
                 native_products = dtype is torch.bfloat16 and variant == "avx512_bf16"
                 assert widened > 0 and (native_rows(dtype) > 0) == native_products

@@ -69,7 +69,7 @@ TARGET void prepare_bits(PackedLinear &job) {
     const Method method = method_of(job);
     if (method == Method::lines) return prepare_line<Kind, BITS>(job);
     job.tiled = true;
-    job.block = PANEL;
+    job.block = method == Method::strips ? PANEL : BLOCK_PANELS * PANEL;
     job.piece = method == Method::strips ? 4 * PANEL : PIECE_PANELS * PANEL;
     prepare_strips<Kind>(job);
 }

@@ -1,5 +1,6 @@
 // Products with few rows of x and group-wise integers, for one variant. Each weight is unpacked in registers, multiplied
-// with as many rows of x as fit in registers, and never written to memory. For many rows and for half types, see tiles.h.
+// with as many rows of x as fit in registers, and never written to memory. For many rows and for half types, see tiles.h
+// and matrix_vector.h.
 //
 // Blocks of WEIGHTS rows of W are multiplied with blocks of X rows of x, with the sums in registers. Meanwhile, the
 // codes of the next block are prefetched. Further blocks of x find the codes in the L1 cache.
@@ -154,6 +155,7 @@ inline float *aligned(std::vector<float> &room, int64_t count) {
 
 #include "decode.h"
 #include "tiles.h"
+#include "matrix_vector.h"
 #ifdef FLEXGEN_DOT_BF16
 #include "dots.h"
 #endif
@@ -175,11 +177,14 @@ void multiply_any(const PackedLinear &job, int64_t begin, int64_t end) {
     }
 }
 
-// Convert x to float32, unless it is multiplied in its own type.
+constexpr int64_t WIDE_BYTES = 16 << 10;  // of a row of x in float32. A longer one would take most of the L1 cache
+
+// Convert x to float32, unless it is multiplied in its own type or is widened in registers, like W.
 TARGET inline void prepare_rows(PackedLinear &job) {
     job.operand = job.x;
     if (job.bits == 16) job.block = LANES;
-    if (by_pairs(job) || job.type == Type::float32) return;
+    const bool narrow = job.bits == 16 && job.type == job.scale_type && job.in * (int64_t)sizeof(float) > WIDE_BYTES;
+    if (by_pairs(job) || job.type == Type::float32 || narrow) return;
     float *wide = aligned(job.wide, job.rows * job.in);
     widen(job.type, job.x, 0, wide, job.rows * job.in);
     job.operand = wide;

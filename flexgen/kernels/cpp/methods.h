@@ -11,7 +11,7 @@ enum class Method {
     lines,  // lines.h: a row of W after the other, line by line
     strips,  // fused.h: 16 rows of W at a time, unpacked in registers for each block of x
     panels,  // panels.h: 32 rows of W at a time, unpacked once for all rows of x
-    vector,  // tiles.h: a row of W after the other
+    vector,  // matrix_vector.h: a row of W after the other
     tiles,  // tiles.h: tiles of a few rows of W and of x
     blocks,  // linear.h: a few rows of W at a time, unpacked in registers for each block of x
 };

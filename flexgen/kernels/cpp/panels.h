@@ -10,7 +10,7 @@ namespace dots {
 
 constexpr int64_t PANEL = 2 * STRIP;  // rows of W
 constexpr int64_t PANEL_CHUNKS = 16;  // the maximum
-constexpr int64_t PIECE_PANELS = 16;  // the rows of a piece of W
+constexpr int64_t BLOCK_PANELS = 2, PIECE_PANELS = 16;  // the rows of a piece of W: at least, and at most
 constexpr int64_t FIRST_CHUNKS = 8;  // of the first rows of a piece of W, which were not prefetched
 
 // The bytes of the rows of the next panel, which are prefetched line by line.

@@ -22,9 +22,10 @@ struct Matrix {
     const void *scales, *minimums;
 };
 
-// Divides the rows of W of some products among threads, in pieces of about `most` rows. Each thread has a run of consecutive
-// pieces, so that it reads their memory in order, without gaps. When its run has ended, it takes the next pieces of the
-// other runs. All runs have equally many rows, but begin and end with whole blocks.
+// Divides the rows of W of some products among threads, in pieces of at most `most` rows. Each thread has a run of
+// consecutive pieces, so that it reads their memory in order, without gaps. When its run has ended, it takes the next pieces
+// of the other runs. If x has many rows, the last pieces of a run become smaller and smaller, so that all threads end at
+// nearly the same time. All runs have equally many rows, but begin and end with whole blocks.
 class Pieces {
 public:
     Pieces(const std::vector<PackedLinear> &products, int64_t most, int threads) : runs_(threads) {
@@ -37,11 +38,13 @@ public:
                 return row < product.out ? std::max<int64_t>(row, 0) / block * block : product.out;
             };
             for (int run = 0; run < threads; ++run) {
-                const int64_t begin = begin_of(run), blocks = (begin_of(run + 1) - begin + block - 1) / block;
-                const int64_t each = std::max<int64_t>(most / block, 1), count = (blocks + each - 1) / each;
-                for (int64_t n = 0; n < count; ++n)
-                    runs_[run].pieces.push_back({&product, begin + blocks * n / count * block,
-                                                 std::min(begin + blocks * (n + 1) / count * block, product.out)});
+                const int64_t end = begin_of(run + 1), each = std::max<int64_t>(most / block, 1);
+                const int64_t run_end = total * (run + 1) / threads - before, least = product.tiled ? 1 : each;
+                for (int64_t begin = begin_of(run), next; begin < end; begin = next) {
+                    const int64_t left = (run_end - begin) / block;
+                    next = std::min(begin + std::clamp<int64_t>(left / 2, least, each) * block, end);
+                    runs_[run].pieces.push_back({&product, begin, next});
+                }
             }
             before += product.out;
         }

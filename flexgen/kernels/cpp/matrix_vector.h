@@ -1,0 +1,58 @@
+// Products of one row of x with half types. No weight is read twice. Each row of W is read from beginning to end, in the
+// order of memory, which processors prefetch best. The kinds of products are those of tiles.h.
+#pragma once
+
+namespace VARIANT {
+namespace linear {
+
+constexpr int CHAINS = 8;  // independent sums for a row, because a sum takes several cycles
+constexpr int64_t AHEAD_BYTES = 8192;
+
+template <class Kind>
+INLINE Vec row_sums(const typename Kind::Weight *w, const typename Kind::X *x, int64_t count) {
+    Vec sum[CHAINS] = {};
+    int64_t i = 0;
+    for (; i + CHAINS * Kind::STEP <= count; i += CHAINS * Kind::STEP) {
+        for (int c = 0; c < CHAINS; ++c) {
+            const int64_t at = i + c * Kind::STEP;
+            if (at * sizeof *w % LINE == 0) __builtin_prefetch((const uint8_t *)(w + at) + AHEAD_BYTES, 0, 2);
+            sum[c] = Kind::add(sum[c], Kind::values(w + at), Kind::values(x + at));
+        }
+    }
+    for (; i + Kind::STEP <= count; i += Kind::STEP) sum[0] = Kind::add(sum[0], Kind::values(w + i), Kind::values(x + i));
+    if (i < count)
+        sum[1] = Kind::add(sum[1], Kind::values_part(w + i, count - i), Kind::values_part(x + i, count - i));
+    for (int half = CHAINS / 2; half; half /= 2)
+        for (int c = 0; c < half; ++c) sum[c] += sum[c + half];
+    return sum[0];
+}
+
+template <class Kind>
+TARGET void multiply_vector(const PackedLinear &job, int64_t begin, int64_t end) {
+    const auto *x = (const typename Kind::X *)job.operand;
+    const auto *w = (const typename Kind::Weight *)job.packed;
+    for (int64_t n = begin; n < end; n += LANES) {
+        const int64_t count = std::min<int64_t>(LANES, end - n);
+        Vec sum[LANES] = {};
+        for (int64_t k = 0; k < count; ++k) sum[k] = row_sums<Kind>(w + (n + k) * job.in, x, job.in);
+        float bias[LANES] = {};
+        if (job.bias) widen(job.type, job.bias, n, bias, count);
+        const Vec totals = sums(sum) + load(bias);
+        if (job.type == Type::float32) store_part((float *)job.y + n, totals, count);
+        if (job.type == Type::bfloat16) store_part((Bf16 *)job.y + n, totals, count);
+        if (job.type == Type::float16) store_part((Half *)job.y + n, totals, count);
+    }
+}
+
+TARGET inline void multiply_plain_vector(const PackedLinear &job, int64_t begin, int64_t end) {
+#ifdef FLEXGEN_DOT_BF16
+    if (by_pairs(job)) return multiply_vector<Paired>(job, begin, end);
+#endif
+    const bool narrow = job.operand == job.x && job.type != Type::float32;
+    if (job.scale_type == Type::bfloat16)
+        return narrow ? multiply_vector<Widened<Bf16, Bf16>>(job, begin, end) : multiply_vector<Widened<Bf16>>(job, begin, end);
+    narrow ? multiply_vector<Widened<Half, Half>>(job, begin, end) : multiply_vector<Widened<Half>>(job, begin, end);
+}
+
+}  // namespace linear
+}  // namespace VARIANT
