@@ -93,6 +93,7 @@ class Hardware:
     prefill_interference: the same in the prefill, for pairs that lose another share there. Products with many rows
         are limited by the cores, those of the decode by memory.
     computes_in: by the dtype of a checkpoint, the dtype that "auto" selects, if it differs.
+    shares_cores: whether a compute device with its own memory computes on the host's cores, as an emulated one does.
     products_decode: whether each product decodes its matrix. This engine's products do not: with few rows they use
         the encoded matrix, and otherwise all batches of a visit share the decoded one.
     disturbed: the share of the processors that other programs used during the measurement.
@@ -120,6 +121,7 @@ class Hardware:
     interference: Mapping[str, float] = field(default_factory=dict)
     prefill_interference: Mapping[str, float] = field(default_factory=dict)
     computes_in: Mapping[str, str] = field(default_factory=dict)
+    shares_cores: bool = False
     products_decode: bool = False
     disturbed: float = 0.0
     fixed: Fixed = Fixed()
@@ -167,8 +169,9 @@ class Hardware:
         for name in ("interference", "prefill_interference"):
             put(name, checks.table(name, getattr(self, name), checks.lost, known=pairs))
         put("computes_in", checks.table("computes_in", self.computes_in, self._dtype, known=_DTYPES))
-        if not isinstance(self.products_decode, bool):
-            raise HardwareError(f"products_decode is {shown(self.products_decode)}; it must be true or false")
+        for name in ("shares_cores", "products_decode"):
+            if not isinstance(flag := getattr(self, name), bool):
+                raise HardwareError(f"{name} is {shown(flag)}; it must be true or false")
         if not isinstance(self.fixed, Fixed):
             known = tuple(f.name for f in dataclasses.fields(Fixed))
             put("fixed", Fixed(**checks.table("fixed", self.fixed, checks.seconds, known=known)))
@@ -177,6 +180,11 @@ class Hardware:
     def topology(self) -> Topology:
         """How the compute device is connected. Without a capacity for the GPU tier, it is the host."""
         return LINKED if Tier.GPU in self.capacity else SHARED
+
+    @property
+    def computes_inline(self) -> bool:
+        """Whether the thread that issues the steps also computes, so that it issues none while it computes."""
+        return self.shares_cores or self.topology.shares_host_memory
 
     @property
     def losses(self) -> dict[Phase, dict[tuple[LaneName, LaneName], float]]:

@@ -217,6 +217,7 @@ class _Measurement:
             **fields,
             installed=installed(self._machine),
             compute_capability=self._device.compute_capability,
+            shares_cores=not self._device.shares_host_memory and self._device.shares_cores,
             fixed=Fixed(**self._fixed),
         )
 
