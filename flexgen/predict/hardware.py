@@ -42,6 +42,9 @@ class Fixed:
     attention: for each such cell with attention, in addition to `cell`.
     recorded: for each cell of the decode that a CPU repeats from a tape, instead of both. 0 if it repeats none.
     joined: the same if one call repeats it after the cell of the previous layer.
+    attend: for each batch and layer for which the host computes attention, in addition to its bytes.
+    split: for each cell whose attention is a step of its own, on the compute device, instead of `cell` and
+        `attention`. 0 if it takes as long.
     encoded: for each cell of the decode that encodes new keys and values, in addition.
     ids: for each batch whose new ids are stored; 0 if it takes as long as a `stage`.
     stage: for each stage of a transfer.
@@ -52,6 +55,8 @@ class Fixed:
     attention: float = 0.0
     recorded: float = 0.0
     joined: float = 0.0
+    attend: float = 0.0
+    split: float = 0.0
     encoded: float = 0.0
     ids: float = 0.0
     stage: float = 0.0
