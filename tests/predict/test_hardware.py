@@ -174,7 +174,7 @@ def test_it_cannot_be_changed(machine):
         (dict(fixed={"cell": -1}), "fixed.cell is -1; it must be at least 0 seconds"),
         (
             dict(fixed={"cells": 1}),
-            "unknown key 'cells' in fixed; known: cell, attention, recorded, joined, attend, split, encoded, ids, stage",
+            "unknown key 'cells' in fixed; known: cell, attention, recorded, joined, attend, split, encoded, ids,",
         ),
         (dict(name=3), "name is 3; it must be a string"),
     ],
