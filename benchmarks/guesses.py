@@ -6,7 +6,8 @@
 whose answer is in the prompt. The demo model continues with records of the same kind, so much of its text occurs
 earlier. `new` has random ids as prompts of a model with random weights, which draws almost random ids, so almost
 nothing occurs earlier. It has half as many new tokens. In both, all weights cross the link in each pass. Cases run in
-turn, and ids are compared. With five repeats, it takes about three minutes on two cores.
+turn, and ids are compared. One thread computes, so that another core is free for the link and the host: on two cores,
+the threads of two computations hinder each other. With five repeats, it takes about three minutes on two cores.
 
 With --predict, the result also has the predicted tokens/s of each case, from the mean length of the prompts and from
 the mean number of new tokens in a pass of the run (`Workload.copied`). The machine is measured first if its figures
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from record import compared, interleaved, save
 from transformers import OPTConfig
 
@@ -47,6 +49,7 @@ def main() -> None:
     add("--predict", action="store_true", help="also predict each case")
     add("--no-save", action="store_true", help="print only")
     args = parser.parse_args()
+    torch.set_num_threads(1)
 
     policy = Policy(
         gpu_batch_size=2,

@@ -48,7 +48,7 @@ class ComputeCosts:
         if self._splits(index, token, rows):
             assert isinstance(layer, AttentionLayer)
             seconds -= arithmetic.projection(layer, rows, first)
-            return ((Load(LaneName.COMPUTE, 0, seconds + self._model.hardware.fixed.cell / 2),),)
+            return ((Load(LaneName.COMPUTE, 0, seconds + self._fixed.after_attention),),)
         if layer.has_cache and not span.decodes:
             context = self._passes.shared + span.length + new
             seconds += arithmetic.prompt_attention(layer, rows, new, context)
@@ -73,9 +73,7 @@ class ComputeCosts:
             return ()
         layer = self._model.layers[index]
         assert isinstance(layer, AttentionLayer)
-        fixed = self._model.hardware.fixed
-        seconds = fixed.cell / 2 + fixed.attention
-        seconds += self._model.arithmetic.projection(layer, rows, first)
+        seconds = self._fixed.before_attention + self._model.arithmetic.projection(layer, rows, first)
         new = self._passes.span(token).new
         ask = self._model.lanes.load(self._cache.layout(index, rows).ask(new))
         return ((Load(LaneName.COMPUTE, 0, seconds), ask),)
@@ -93,12 +91,14 @@ class ComputeCosts:
 
     def _token_attention(self, index: int, token: int, rows: int) -> tuple[float, float]:
         """Seconds of attention of one token of each row and its guesses, on the device and on the host."""
-        span, segments = self._passes.span(token), self._cache.layout(index, rows).segments
+        span, layout = self._passes.span(token), self._cache.layout(index, rows)
         layer = self._model.layers[index]
         assert isinstance(layer, AttentionLayer)
         own = layer.layer_spec.attention
         arithmetic, sharing = self._model.arithmetic, own.heads // own.kv_heads
-        device, host = arithmetic.token_attention(segments, span.length + 1, span.new, sharing)
+        device, host = arithmetic.token_attention(layout.segments, span.length + 1, span.new, sharing)
+        if layout.host_rows:
+            host += self._model.hardware.fixed.attend
         return device + self._prefix_attention(index, rows * span.new), host
 
     def _prefix_attention(self, index: int, rows: int) -> float:

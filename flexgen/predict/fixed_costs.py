@@ -53,3 +53,14 @@ class FixedCosts:
         computed = fixed.cell + (fixed.attention if layer.has_cache else 0.0)
         share = self._shares.get(index, 0.0) if token > _RECORDED_IN else 0.0
         return (1 - share) * computed + share * self._each
+
+    @property
+    def before_attention(self) -> float:
+        """The fixed seconds of the first part of a cell whose attention is a step of its own."""
+        fixed = self._fixed
+        return fixed.split / 2 or fixed.cell / 2 + fixed.attention
+
+    @property
+    def after_attention(self) -> float:
+        """The fixed seconds of the second part of such a cell."""
+        return (self._fixed.split or self._fixed.cell) / 2

@@ -42,6 +42,9 @@ class Fixed:
     attention: for each such cell with attention, in addition to `cell`.
     recorded: for each cell of the decode that a CPU repeats from a tape, instead of both. 0 if it repeats none.
     joined: the same if one call repeats it after the cell of the previous layer.
+    attend: for each batch and layer for which the host computes attention, in addition to its bytes.
+    split: for each cell whose attention is a step of its own, on the compute device, instead of `cell` and
+        `attention`. 0 if it takes as long.
     encoded: for each cell of the decode that encodes new keys and values, in addition.
     ids: for each batch whose new ids are stored; 0 if it takes as long as a `stage`.
     stage: for each stage of a transfer.
@@ -52,6 +55,8 @@ class Fixed:
     attention: float = 0.0
     recorded: float = 0.0
     joined: float = 0.0
+    attend: float = 0.0
+    split: float = 0.0
     encoded: float = 0.0
     ids: float = 0.0
     stage: float = 0.0
@@ -93,6 +98,7 @@ class Hardware:
     prefill_interference: the same in the prefill, for pairs that lose another share there. Products with many rows
         are limited by the cores, those of the decode by memory.
     computes_in: by the dtype of a checkpoint, the dtype that "auto" selects, if it differs.
+    shares_cores: whether a compute device with its own memory computes on the host's cores, as an emulated one does.
     products_decode: whether each product decodes its matrix. This engine's products do not: with few rows they use
         the encoded matrix, and otherwise all batches of a visit share the decoded one.
     disturbed: the share of the processors that other programs used during the measurement.
@@ -120,6 +126,7 @@ class Hardware:
     interference: Mapping[str, float] = field(default_factory=dict)
     prefill_interference: Mapping[str, float] = field(default_factory=dict)
     computes_in: Mapping[str, str] = field(default_factory=dict)
+    shares_cores: bool = False
     products_decode: bool = False
     disturbed: float = 0.0
     fixed: Fixed = Fixed()
@@ -167,8 +174,9 @@ class Hardware:
         for name in ("interference", "prefill_interference"):
             put(name, checks.table(name, getattr(self, name), checks.lost, known=pairs))
         put("computes_in", checks.table("computes_in", self.computes_in, self._dtype, known=_DTYPES))
-        if not isinstance(self.products_decode, bool):
-            raise HardwareError(f"products_decode is {shown(self.products_decode)}; it must be true or false")
+        for name in ("shares_cores", "products_decode"):
+            if not isinstance(flag := getattr(self, name), bool):
+                raise HardwareError(f"{name} is {shown(flag)}; it must be true or false")
         if not isinstance(self.fixed, Fixed):
             known = tuple(f.name for f in dataclasses.fields(Fixed))
             put("fixed", Fixed(**checks.table("fixed", self.fixed, checks.seconds, known=known)))
@@ -177,6 +185,11 @@ class Hardware:
     def topology(self) -> Topology:
         """How the compute device is connected. Without a capacity for the GPU tier, it is the host."""
         return LINKED if Tier.GPU in self.capacity else SHARED
+
+    @property
+    def computes_inline(self) -> bool:
+        """Whether the thread that issues the steps also computes, so that it issues none while it computes."""
+        return self.shares_cores or self.topology.shares_host_memory
 
     @property
     def losses(self) -> dict[Phase, dict[tuple[LaneName, LaneName], float]]:

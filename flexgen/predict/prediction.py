@@ -269,7 +269,8 @@ def _block(
     shape = len(tokens), len(layers), batches, costs.weight_pieces
     grid = asked.grid(*shape, slots, costs.feeds_ids)
     steps = numbered(asked, grid)
-    timeline = play_with_losses(steps, works_of(steps, costs, costs.alike), hardware.losses, lead + 1)
+    works, inline = works_of(steps, costs, costs.alike), hardware.computes_inline
+    timeline = play_with_losses(steps, works, hardware.losses, lead + 1, inline)
     ends = timeline.last_ends(Op.STORE_HIDDEN, len(layers) - 1)[
         lead:
     ]  # the times at which each token is known for all rows

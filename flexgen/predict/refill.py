@@ -308,7 +308,8 @@ class _PassTimes:
         grid = order.grid(len(tokens), layers, batches, costs.weight_pieces, self._slots, costs.feeds_ids)
         steps = numbered(order, grid)
         works = works_of(steps, costs, costs.alike)
-        timeline = play_with_losses(steps, works, job.hardware.losses, int(bool(one.entering)))
+        losses, prefill = job.hardware.losses, int(bool(one.entering))
+        timeline = play_with_losses(steps, works, losses, prefill, job.hardware.computes_inline)
         self.timed.append((one.tokens[0], timeline))
         known = [0.0, *timeline.last_ends(Op.STORE_HIDDEN, layers - 1)]
         n = ahead.index(0)

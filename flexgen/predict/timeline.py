@@ -127,18 +127,24 @@ def simulate(steps: Iterable[Step], grid: Grid, costs: Callable[[Step], Costs]) 
     return Trace(play(made, works_of(made, costs)).events)
 
 
-def play(steps: Numbered, works: Sequence[Costs], factors: Iterable[float] | None = None) -> Timeline:
+def play(
+    steps: Numbered, works: Sequence[Costs], factors: Iterable[float] | None = None, inline: bool = False
+) -> Timeline:
     """`simulate` for numbered steps and the work of each entry. Predictions spend most of their time here.
 
     factors: for each stage, the factor of its seconds; None is 1.
+    inline: whether the thread that issues the steps also computes. Then no step begins before the computations that
+        were issued earlier have ended, even if its lane is free and it needs none of them.
     """
     free = dict.fromkeys(LaneName, 0.0)
     factor = repeat(1.0) if factors is None else iter(factors)
+    issuing = LaneName.COMPUTE if inline else None
+    issued = 0.0
     done: list[float] = []
     starts: list[float] = []
     ends: list[float] = []
     for needed, work in zip(steps.needs(), works, strict=True):
-        ready = 0.0
+        ready = issued
         for n in needed:
             if done[n] > ready:
                 ready = done[n]
@@ -152,6 +158,8 @@ def play(steps: Numbered, works: Sequence[Costs], factors: Iterable[float] | Non
                 time += seconds * next(factor)
                 free[lane] = time
                 ends.append(time)
+                if lane is issuing:
+                    issued = time
             if time > end:
                 end = time
         done.append(end)
@@ -166,15 +174,17 @@ _SETTLED = 1e-3
 _MOST_LOST = 0.9
 
 
-def play_with_losses(steps: Numbered, works: Sequence[Costs], losses: Losses, prefill: int = 1) -> Timeline:
+def play_with_losses(
+    steps: Numbered, works: Sequence[Costs], losses: Losses, prefill: int = 1, inline: bool = False
+) -> Timeline:
     """`play` with lanes that slow each other down while they work at the same time.
 
     The schedule is timed, and each stage is lengthened by its losses to the stages that it overlaps. This repeats for
     a few rounds, until the end of the schedule no longer changes. Losses are spread evenly over a stage.
 
-    prefill: the number of passes of the prefill.
+    prefill: the number of passes of the prefill. inline: as in `play`.
     """
-    made = play(steps, works)
+    made = play(steps, works, inline=inline)
     if not losses:
         return made
     lanes = np.array([_NUMBER[lane] for work in works for chain in work for lane, _ in chain], dtype=int)
@@ -183,7 +193,7 @@ def play_with_losses(steps: Numbered, works: Sequence[Costs], losses: Losses, pr
     for _ in range(_ROUNDS):
         before = made.span
         stretched = _stretched(lanes, in_prefill, np.array(made.starts), np.array(made.ends), losses)
-        made = play(steps, works, stretched)
+        made = play(steps, works, stretched, inline)
         if abs(made.span - before) <= _SETTLED * before:
             break
     return made

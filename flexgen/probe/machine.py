@@ -28,7 +28,7 @@ from flexgen.probe.arithmetic import ArithmeticProbe
 from flexgen.probe.effort import FULL, Clock, Effort, Stopwatch, on_gpu
 from flexgen.probe.elementwise import ElementwiseProbe
 from flexgen.probe.links import LinkProbe
-from flexgen.probe.overheads import cell_seconds
+from flexgen.probe.overheads import cell_seconds, host_attention_seconds
 from flexgen.probe.together import lost_shares
 from flexgen.quant import CODECS, Codec
 from flexgen.results.trace import LaneName, Phase
@@ -217,6 +217,7 @@ class _Measurement:
             **fields,
             installed=installed(self._machine),
             compute_capability=self._device.compute_capability,
+            shares_cores=not self._device.shares_host_memory and self._device.shares_cores,
             fixed=Fixed(**self._fixed),
         )
 
@@ -323,6 +324,9 @@ class _Measurement:
         dtype = device.fast_dtype(torch.float16)
         probe = ArithmeticProbe(device, dtype, self._effort, self._watch)
         self._fixed |= cell_seconds(self._machine, self._lanes, dtype, self._effort, probe.has_tapes())
+        if not shared:
+            cell = self._fixed["cell"]
+            self._fixed |= host_attention_seconds(self._machine, self._lanes, dtype, self._effort, cell)
 
     def _find_interference(self) -> None:
         """Measure how each pair of lanes slows down, and for the prefill each lane together with the computation."""

@@ -35,7 +35,7 @@ THIS = ("measured", "this")
 KIND = "hardware"
 """The folder of measurements in the user's cache."""
 
-_FORM = 8
+_FORM = 9
 """Increase it when a figure is added or changes its meaning, so that older measurements are repeated."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, pairwise
 from typing import NamedTuple
 
@@ -26,7 +26,6 @@ from flexgen.runtime.call import Call
 from flexgen.runtime.choice import Sampled
 from flexgen.runtime.model import Model
 from flexgen.runtime.tokens import NewTokens
-from flexgen.schedule.orders import Slots
 from flexgen.schedule.steps import Op
 from flexgen.workload import Workload
 
@@ -37,16 +36,19 @@ _LEAST = 1e-7
 """Seconds. Times below are noise; 0 would mean that the device has no tapes."""
 _POLICY = Policy(gpu_batch_size=2, num_gpu_batches=2)
 _ENCODED = _POLICY.replace(cache={Tier.GPU: Share(100, "int8")})
+_ON_HOST = _POLICY.replace(num_gpu_batches=4, cache={Tier.CPU: Share(100)})
+"""Attention on the host, with as many batches as its order has in flight."""
 
 
 class _Took(NamedTuple):
-    """Median seconds of the decode of a model: of a pass, of a layer's attention, of its feed-forward half, and of
-    storing new ids."""
+    """Median seconds of the decode of a model: of a pass, of a layer's attention, of its feed-forward half, of
+    storing new ids, and of attention on the host (0 if there is none)."""
 
     each: float
     attention: float
     mlp: float
     ids: float
+    attend: float = 0.0
 
 
 def cell_seconds(
@@ -86,6 +88,26 @@ def cell_seconds(
     }
 
 
+def host_attention_seconds(
+    machine: Machine, lanes: Lanes, dtype: torch.dtype, effort: Effort, cell: float
+) -> dict[str, float]:
+    """The seconds of cells with attention on the host, in addition to their kernels, as fields of `Fixed`.
+
+    cell: the seconds of a cell without attention.
+
+    The queries of one batch cross the link while the host attends for another one and the device computes a third
+    one. If the device computes on the host's cores, all of them compete for these and for Python's lock, so that a
+    cell takes several times as long as alone.
+    """
+    model, batches = _SmallModel(machine, lanes, dtype, effort.layers, _HIDDEN, _ON_HOST), 4
+    took = model.took(batches, effort.tokens)
+    found = {"attend": took.attend}
+    if machine.device.shares_cores:
+        share = model.attending
+        found["split"] = max(took.each / model.cells(batches) - (1 - share) * cell, 0.0) / share
+    return found
+
+
 class _SmallModel:
     """A model of random weights in device memory."""
 
@@ -117,7 +139,7 @@ class _SmallModel:
         plan = plan_memory(layers, placement, policy, target, workload)
         homes = Homes(checkpoint, placement, machine)
         homes.load(layers)
-        slots = Slots()
+        slots = machine.device.topology.choose_order(None, policy, policy.num_gpu_batches).slots
         weights = WeightSlots(layers, homes, plan.weight_slots, placement, machine, slots.decoded)
         table = open_table(layers, homes, machine)
         machine.device.settle()
@@ -141,9 +163,8 @@ class _SmallModel:
             statistics.median(chain.from_iterable(map(self._passes, runs))),
             statistics.median(self._computed(events, True)),
             statistics.median(self._computed(events, False)),
-            statistics.median(
-                event.end - event.start for event in events if event.step.op is Op.STORE_HIDDEN
-            ),
+            _median(event.end - event.start for event in events if event.step.op is Op.STORE_HIDDEN),
+            _median(event.end - event.start for event in events if event.step.op is Op.ATTEND),
         )
 
     def _events(self, batches: int, tokens: int) -> Sequence[Event]:
@@ -170,3 +191,7 @@ class _SmallModel:
             inner = 0 < layer < len(self._layers) - 1
             if op is Op.COMPUTE and token > 1 and inner and self._layers[layer].has_cache == cached:
                 yield event.end - event.start
+
+
+def _median(seconds: Iterable[float]) -> float:
+    return statistics.median(found) if (found := list(seconds)) else 0.0

@@ -127,6 +127,8 @@ def corrected(hardware: Hardware, seen: Iterable[Seen]) -> Hardware:
             attention=fixed.attention / decode,
             recorded=fixed.recorded / decode,
             joined=fixed.joined / decode,
+            attend=fixed.attend / host,
+            split=fixed.split / decode,
             encoded=fixed.encoded / decode,
             ids=fixed.ids / decode,
             stage=fixed.stage / rate(LaneName.TO_DEVICE),

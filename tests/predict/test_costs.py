@@ -331,17 +331,22 @@ def test_products_of_few_rows_read_what_is_kept(configs, machine):
     assert saved == pytest.approx(products * (1 - 4.5 / 32), rel=0.02)
 
 
-def test_halves_of_a_cell_are_the_whole(configs, machine):
-    policy = Policy(gpu_batch_size=4, num_gpu_batches=2, cache={"gpu": 50, "cpu": 50}, sep_layer=False)
-    hardware = machine(fixed={"cell": 1.0, "attention": 5.0})
-    whole = costs_of(configs["opt"], policy, hardware)
-    spec, _ = open_model(configs["opt"], "dummy")
-    layers = build_layers(spec, False)
+def halves_of_a_cell(config, policy, hardware):
+    """The loads of a cell's steps before, in, after attention, and of the rest."""
+    spec, _ = open_model(config, "dummy")
+    layers = build_layers(spec, policy.sep_layer)
     placement = place_weights(layers, policy.weights, torch.float32)
     block = CostedBlock(8, ORDERS["overlap_cpu_attention"])
     halves = StepCosts(PlacedModel(layers, placement, hardware), policy, Workload(6, 4, 8), block)
-    [[project, asked]], [[host], [device]], [[answered]], [[rest]] = (
-        halves.loads(Step(op, 2, 1, 0)) for op in (Op.PROJECT, Op.ATTEND, Op.LOAD_ATTENTION, Op.COMPUTE)
+    return [halves.loads(Step(op, 2, 1, 0)) for op in (Op.PROJECT, Op.ATTEND, Op.LOAD_ATTENTION, Op.COMPUTE)]
+
+
+def test_halves_of_a_cell_are_the_whole(configs, machine):
+    policy = Policy(gpu_batch_size=4, num_gpu_batches=2, cache={"gpu": 50, "cpu": 50}, sep_layer=False)
+    hardware = machine(fixed={"cell": 1.0, "attention": 5.0, "attend": 2.0})
+    whole = costs_of(configs["opt"], policy, hardware)
+    [[project, asked]], [[host], [device]], [[answered]], [[rest]] = halves_of_a_cell(
+        configs["opt"], policy, hardware
     )
     assert [load.lane for load in (asked, host, device, answered)] == [
         LaneName.FROM_DEVICE, LaneName.HOST, LaneName.COMPUTE, LaneName.TO_DEVICE
@@ -349,6 +354,24 @@ def test_halves_of_a_cell_are_the_whole(configs, machine):
     together = project.seconds + asked.seconds + max(host.seconds, device.seconds) + answered.seconds
     assert together + rest.seconds == pytest.approx(compute(whole, 2, 1).seconds)
     assert compute(whole, 2, 1).nbytes == asked.nbytes + answered.nbytes
+
+
+def test_attention_on_the_host_has_fixed_costs_of_its_own(configs, machine):
+    """`attend` on the host; on the device, `split` instead of `cell` and `attention`, half of it in each part."""
+    policy = Policy(gpu_batch_size=4, num_gpu_batches=2, cache={"cpu": 100}, sep_layer=False)
+
+    def parts(**fixed):
+        [[project, _]], [[host]], _, [[rest]] = halves_of_a_cell(configs["opt"], policy, machine(fixed=fixed))
+        return project.seconds, host.seconds, rest.seconds
+
+    kernels = parts()
+
+    def more(**fixed):
+        return [after - before for before, after in zip(kernels, parts(**fixed), strict=True)]
+
+    usual = {"cell": 1.0, "attention": 5.0}
+    assert more(**usual) == pytest.approx([5.5, 0.0, 0.5])
+    assert more(**usual, attend=3.0, split=8.0) == pytest.approx([4.0, 3.0, 4.0])
 
 
 def test_cells_with_attention_cost_more_than_others(configs, machine):

@@ -174,7 +174,7 @@ def test_it_cannot_be_changed(machine):
         (dict(fixed={"cell": -1}), "fixed.cell is -1; it must be at least 0 seconds"),
         (
             dict(fixed={"cells": 1}),
-            "unknown key 'cells' in fixed; known: cell, attention, recorded, joined, encoded, ids, stage, disk_job",
+            "unknown key 'cells' in fixed; known: cell, attention, recorded, joined, attend, split, encoded, ids,",
         ),
         (dict(name=3), "name is 3; it must be a string"),
     ],
@@ -202,6 +202,13 @@ def test_bad_files(tmp_path, machine):
 def test_unknown_names_list_the_known_ones():
     with pytest.raises(HardwareError, match="'h1000' is not known; known: t4, .*did you mean 'h100'"):
         Hardware.preset("h1000")
+
+
+def test_the_host_computes_in_the_thread_that_issues_the_steps(machine):
+    """Also for an emulated device, whose memory is its own."""
+    assert not machine().computes_inline and machine(shares_cores=True).computes_inline
+    host = {tier: nbytes for tier, nbytes in machine().capacity.items() if tier is not Tier.GPU}
+    assert machine(capacity=host).computes_inline
 
 
 def test_a_figure_that_is_missing_is_named(machine):

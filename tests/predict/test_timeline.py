@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from transformers import OPTConfig
 
 from flexgen import OptLM, Policy
-from flexgen.predict.timeline import simulate
+from flexgen.predict.numbering import number
+from flexgen.predict.timeline import play, simulate, works_of
 from flexgen.results.trace import LaneName, Trace
 from flexgen.schedule.orders import ORDERS
 from flexgen.schedule.steps import Grid, Op, Step
@@ -77,14 +78,17 @@ def test_stages_of_a_chain_follow_one_another():
 seconds = st.sampled_from([0.0, 0.5, 1.0, 3.0])
 
 
+grids = st.builds(
+    Grid,
+    tokens=st.integers(1, 3),
+    layers=st.integers(1, 4),
+    batches=st.integers(1, 3),
+    weight_pieces=st.integers(1, 3),
+)
+
+
 @given(
-    grid=st.builds(
-        Grid,
-        tokens=st.integers(1, 3),
-        layers=st.integers(1, 4),
-        batches=st.integers(1, 3),
-        weight_pieces=st.integers(1, 3),
-    ),
+    grid=grids,
     name=st.sampled_from(sorted(ORDERS)),
     weights=seconds,
     cache=seconds,
@@ -102,6 +106,38 @@ def test_no_order_beats_its_longest_lane_or_loses_to_running_alone(
     for lane in LaneName:  # a lane serves one stage at a time
         spans = sorted((e.start, e.end) for e in trace.events if e.lane is lane)
         assert all(a[1] <= b[0] + 1e-9 for a, b in zip(spans, spans[1:], strict=False))
+
+
+def inline_and_not(name, grid, by_op):
+    """Both timelines: on a device that computes in the thread that issues the steps, and on another one."""
+    steps = number(ORDERS[name](grid), grid)
+    works = works_of(steps, costs_of(by_op))
+    return play(steps, works, inline=True), play(steps, works)
+
+
+def test_a_load_that_is_issued_after_a_computation_waits_for_it_if_the_same_thread_does_both():
+    """The weights of the last layer, which has a slot of its own, are issued with the second batch of the first."""
+    grid = Grid(tokens=1, layers=3, batches=2, weight_pieces=2)
+    both = inline_and_not("overlap_multi_batch", grid, {Op.LOAD_WEIGHTS: 1.0, Op.COMPUTE: 3.0})
+    inline, other = ({e.step: e.start for e in timeline.events} for timeline in both)
+    assert inline[Step(Op.COMPUTE, 0, 0, 0)] == other[Step(Op.COMPUTE, 0, 0, 0)] == 2.0
+    pieces = [Step(Op.LOAD_WEIGHTS, 0, 2, piece) for piece in range(2)]
+    assert [other[piece] for piece in pieces] == [4.0, 5.0]
+    assert [inline[piece] for piece in pieces] == [5.0, 6.0]
+
+
+@given(grid=grids, name=st.sampled_from(sorted(ORDERS)), weights=seconds, compute=seconds, store=seconds)
+def test_nothing_begins_before_the_computations_issued_before_it_if_one_thread_does_both(
+    grid, name, weights, compute, store
+):
+    by_op = {Op.LOAD_WEIGHTS: weights, Op.COMPUTE: compute, Op.STORE_CACHE: store}
+    inline, other = inline_and_not(name, grid, by_op)
+    computed = 0.0
+    for event in inline.events:  # in the order of issue
+        assert event.start >= computed
+        if event.lane is LaneName.COMPUTE:
+            computed = event.end
+    assert inline.span >= other.span - 1e-9
 
 
 def test_an_illegal_order_cannot_be_timed():

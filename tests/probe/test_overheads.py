@@ -1,11 +1,13 @@
 """The fixed costs of cells: differences between runs of small models, with and without tapes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from flexgen.probe import overheads
 from flexgen.probe.effort import Effort
-from flexgen.probe.overheads import _SmallModel, _Took, cell_seconds
+from flexgen.probe.overheads import _SmallModel, _Took, cell_seconds, host_attention_seconds
 from flexgen.results.trace import Event, LaneName
 from flexgen.schedule.steps import Op, Step
 
@@ -74,6 +76,20 @@ def test_noise_gives_no_negative_cost_and_does_not_hide_that_there_are_tapes(fou
     assert all(0 < fixed[name] < 1e-6 for name in ("cell", "recorded", "joined"))
 
 
+@pytest.mark.parametrize("shares_cores", [True, False])
+def test_on_the_cores_of_the_host_a_cell_with_attention_there_has_a_time_of_its_own(
+    shares_cores, monkeypatch
+):
+    """Of a pass, what cells without attention do not take."""
+    cell, split, attend = 2.0, 11.0, 5.0
+    each = 4 * ((LAYERS - 2) * cell + 2 * split)
+    monkeypatch.setattr(overheads, "_SmallModel", Model)
+    monkeypatch.setattr(Model, "times", {(64, False, 4, 9): _Took(each, 9.0, 9.0, 9.0, attend)})
+    machine = SimpleNamespace(device=SimpleNamespace(shares_cores=shares_cores))
+    found = host_attention_seconds(machine, None, torch.bfloat16, EFFORT, cell)
+    assert found == pytest.approx({"attend": attend, "split": split} if shares_cores else {"attend": attend})
+
+
 def computed(token, layer, seconds, op=Op.COMPUTE):
     return Event(Step(op, token, layer, 0), LaneName.COMPUTE, 10.0 * token, 10.0 * token + seconds)
 
@@ -94,5 +110,6 @@ def test_times_are_those_of_the_decodes_middle_layers(monkeypatch):
         for layer, seconds in enumerate((9.0, 3.0, 1.0, 5.0, 2.0, 9.0))
     ]
     events += [computed(token, 5, 0.5, Op.STORE_HIDDEN) for token in range(4)]
+    events += [computed(token, 3, 0.75, Op.ATTEND) for token in range(1, 4)]
     monkeypatch.setattr(model, "_events", lambda batches, tokens: events)
-    assert model.took(1, 4) == _Took(each=10.0, attention=4.0, mlp=1.5, ids=0.5)
+    assert model.took(1, 4) == _Took(each=10.0, attention=4.0, mlp=1.5, ids=0.5, attend=0.75)
