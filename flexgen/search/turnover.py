@@ -19,8 +19,8 @@ from flexgen.predict.refill import refilled_passes
 from flexgen.workload import Workload
 
 _PLACES = 128
-"""Blocks with more places than this are simulated with fewer rows in a batch, but at least `_FEWEST`. With few rows, the
-longest answer of a block is shorter than that of the job."""
+"""Blocks with more places than this are simulated with fewer rows in a batch, but at least `_FEWEST`. With few rows,
+the longest answer of a block is shorter than that of the job."""
 _FEWEST = 4
 _LONGEST = 64
 """The longest answers that are simulated. Longer ones are represented by a fraction of their length."""
@@ -29,8 +29,8 @@ _LEAST_MEAN = 8
 _TIMED = 5
 """The number of passes that a prediction lays out for each kind of pass: two, each with one or two others."""
 _BLOCKS = 4
-"""The number of blocks of prompts with the longest answers that is simulated. Further ones take as long as the last two
-of these."""
+"""The number of blocks of prompts with the longest answers that is simulated. Further ones take as long as the last
+two of these."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ def _simulated(
     """(4,): the figures of `Turnover`, with the sum of the tokens instead of their mean. And `Turnover.timed`."""
     answers = Workload(1, gen_len, prompts, mean_new=mean_new).answers()
     total, kinds = np.zeros(4), dict[tuple[int, int, bool], int]()
-    for one in refilled_passes(answers, policy, Passes(width, rows=policy.prefill_rows)):
+    passes = Passes(width, rows=policy.prefill_rows, batches=policy.num_gpu_batches)
+    for one in refilled_passes(answers, policy, passes):
         decoding = [token for token in one.tokens if token > 0]
         total += not decoding, bool(decoding), len(decoding), sum(decoding)
         kinds[one.kind] = len(one.tokens)
