@@ -26,7 +26,7 @@ from flexgen.search.choices import Choices, reserves
 from flexgen.search.effort import THOROUGH, Effort, without_collections
 from flexgen.search.limits import limits_in_words
 from flexgen.search.linear import CLASSES, Solution, one_codec_each
-from flexgen.search.moves import Short, filled, moves, squeezed
+from flexgen.search.moves import Short, filled, moves, squeezed, with_room
 from flexgen.search.programs import Programs, Solved, by_seconds
 from flexgen.search.simulations import Run, Simulations
 from flexgen.units import format_bytes
@@ -332,8 +332,10 @@ class _Finder:
         """The policy with shares moved between tiers while the simulated time improves.
 
         Fixed costs, whole rows and the free memory of tiers are not linear, so the program's solution is not optimal.
+        Data that does not fit on its new tier takes the place of weights.
         """
-        simulations, solved = self._simulations, self._tried[run]
+        simulations, solved, short = self._simulations, self._tried[run], self._short_in(run.order)
+        movable = () if "weights" in self._choices.fixed else self._choices.tiers
         until = simulations.laid_out + self._effort.cells
         least = self._took[run]
         for step in _STEPS:
@@ -343,9 +345,9 @@ class _Finder:
                 for policy in moves(run.policy, step, self._choices.tiers, self._choices.fixed):
                     if simulations.laid_out >= until:
                         break
-                    moved = run._replace(policy=policy)
-                    if simulations.short(moved):
+                    if (fitting := with_room(policy, movable, short)) is None:
                         continue
+                    moved = run._replace(policy=fitting)
                     took = simulations.seconds(moved, solved.figures)
                     if took < least * (1 - 1e-4):
                         run, least, better = moved, took, True

@@ -67,6 +67,14 @@ def squeezed(policy: Policy, tiers: Collection[Tier], short: Short) -> Policy | 
     return policy
 
 
+def with_room(policy: Policy, tiers: Collection[Tier], short: Short) -> Policy | None:
+    """`policy`, or if it does not fit, with weights on slower ones of `tiers`; None if that is impossible."""
+    if not short(policy):
+        return policy
+    room = squeezed(policy, tiers, short)
+    return room and filled(room, tiers, short)
+
+
 def _moved(split: Split, source: Tier, target: Tier, percent: float) -> dict[Tier, Share]:
     """`split` with `percent` moved from one tier to another, in the codec of the data that is already there."""
     codec = (split[target] if split.percent(target) else split[source]).codec
