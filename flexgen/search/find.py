@@ -260,7 +260,8 @@ class _Finder:
         self._try_orders()
         first, *others = sorted(self._tried, key=self._score)
         best = self._in_best_order(self._improved(first))
-        alike = [best._replace(policy=policy) for policy in self._choices.alike(best.policy)]
+        others_like_it = self._choices.alike(best.policy, self._short_in(best.order))
+        alike = [best._replace(policy=policy) for policy in others_like_it]
         self._tried[fastest := simulations.fastest(best, alike)] = self._tried[best]
         best = fastest
         kept, laid_out = [best], simulations.cells(best.policy)[0]
@@ -332,7 +333,6 @@ class _Finder:
         """The policy with shares moved between tiers while the simulated time improves.
 
         Fixed costs, whole rows and the free memory of tiers are not linear, so the program's solution is not optimal.
-        Data that does not fit on its new tier takes the place of weights.
         """
         simulations, solved, short = self._simulations, self._tried[run], self._short_in(run.order)
         movable = () if "weights" in self._choices.fixed else self._choices.tiers
