@@ -260,15 +260,16 @@ class _Finder:
         self._try_orders()
         first, *others = sorted(self._tried, key=self._score)
         best = self._in_best_order(self._improved(first))
-        others_like_it = self._choices.alike(best.policy, self._short_in(best.order))
-        alike = [best._replace(policy=policy) for policy in others_like_it]
-        self._tried[fastest := simulations.fastest(best, alike)] = self._tried[best]
-        best = fastest
         kept, laid_out = [best], simulations.cells(best.policy)[0]
         for run in others:
             if len(kept) < top and (len(kept) < 2 or laid_out < self._effort.last_cells):
                 kept.append(run)
                 laid_out += simulations.cells(run.policy)[0]
+        best = min(kept, key=lambda run: simulations.prediction(run).report.total_s * self._handicap(run))
+        alike = self._choices.alike(best.policy, self._short_in(best.order))
+        fastest = simulations.fastest(best, [best._replace(policy=policy) for policy in alike])
+        self._tried[fastest] = self._tried[best]
+        kept = [fastest, *(run for run in kept if run not in (best, fastest))]
         candidates = {run: self._candidate(run) for run in kept}
         took = {run: made.prediction.report.total_s for run, made in candidates.items()}
         first, *others = sorted(kept, key=lambda run: took[run] * self._handicap(run))
@@ -336,8 +337,7 @@ class _Finder:
         """
         simulations, solved, short = self._simulations, self._tried[run], self._short_in(run.order)
         movable = () if "weights" in self._choices.fixed else self._choices.tiers
-        until = simulations.laid_out + self._effort.cells
-        least = self._took[run]
+        until, least = simulations.laid_out + self._effort.cells, self._took[run]
         for step in _STEPS:
             better = True
             while better and simulations.laid_out < until:
