@@ -35,6 +35,28 @@ _PASS_THAT_LOADS = 8_192
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """What a call asks for besides the newest ids of its rows.
+
+    all_logits: whether the head computes every position of the prompts.
+    whole_prompts: whether the caller needs the results of all positions, so that prompts have no parts.
+    by_place: whether prompts may enter in the places of single rows (`Policy.prefill_rows`). Otherwise whole batches
+        of prompts are computed together.
+    extra_needs: memory that the caller keeps for the call.
+    """
+
+    all_logits: bool = False
+    whole_prompts: bool = False
+    by_place: bool = False
+    extra_needs: ExtraNeeds | None = None
+
+    def policy(self, chosen: Policy) -> Policy:
+        """The policy of the call if `chosen` is the model's."""
+        chunk = 0 if self.whole_prompts else chosen.prefill_chunk
+        return chosen.replace(prefill_chunk=chunk, prefill_rows=chosen.prefill_rows if self.by_place else 0)
+
+
+@dataclass(frozen=True)
 class CallPlans:
     """The plans of one opened model, whose weights stay in place.
 
@@ -67,24 +89,18 @@ class CallPlans:
         """The plan of the weights alone, before any call. Raises CapacityError if they do not fit."""
         return fitting_plan(self._plan_of(None), self.opened.policy, self.machine.limits())
 
-    def of_call(
-        self,
-        workloads: Sequence[Workload],
-        all_logits: bool = False,
-        extra_needs: ExtraNeeds | None = None,
-        whole_prompts: bool = False,
-    ) -> tuple[Chosen, MemoryPlan]:
+    def of_call(self, workloads: Sequence[Workload], wanted: Wanted) -> tuple[Chosen, MemoryPlan]:
         """The policy and the order of a call, and its plan, which fits the machine and counts the caller's needs.
 
         workloads: those of the call's groups of prompts, which run one after another. A policy that is searched for
             is that of the first.
 
         If whole prompts do not fit, the policy gets a `prefill_chunk` that fits, unless the caller needs the results
-        of all positions (`whole_prompts`). A policy that was searched for gets a smaller batch shape if it has to.
+        of all positions. A policy that was searched for gets a smaller batch shape if it has to.
 
         Raises CapacityError if the call does not fit, with a batch shape that fits if there is one.
         """
-        plans = [self._plan_of(workload, all_logits, extra_needs) for workload in workloads]
+        plans = [self._plan_of(workload, wanted.all_logits, wanted.extra_needs) for workload in workloads]
         limits, chosen = self.machine.limits(), self.opened
 
         def plan(policy: Policy) -> MemoryPlan:
@@ -93,39 +109,32 @@ class CallPlans:
         if self.auto is not None and not self.auto.once:
             chosen = self.auto.for_call(workloads[0], lambda policy: not plan(policy).shortage(limits))
             chosen = replace(chosen, policy=largest_fitting(plan, chosen.policy, limits) or chosen.policy)
-        if whole_prompts:
-            policy = chosen.policy.replace(prefill_chunk=0)
-            if plan(policy).shortage(limits):
-                policy = policy.replace(share_prefix=False)
-        else:
+        policy = wanted.policy(chosen.policy)
+        if not wanted.whole_prompts:
             longest = max(workload.prompt_len for workload in workloads)
-            policy = with_fitting_chunk(plan, chosen.policy, limits, longest)
+            policy = with_fitting_chunk(plan, policy, limits, longest)
+        elif plan(policy).shortage(limits):
+            policy = policy.replace(share_prefix=False)
         return replace(chosen, policy=policy), fitting_plan(plan, policy, limits)
 
     def of_groups(
-        self,
-        request: Request,
-        workload: Workload,
-        all_logits: bool = False,
-        extra_needs: ExtraNeeds | None = None,
-        whole_prompts: bool = False,
+        self, request: Request, workload: Workload, wanted: Wanted
     ) -> tuple[list[PrefixGroup], Chosen, MemoryPlan]:
         """`of_call` for a request with this workload, and its prompts in groups with their prefixes.
 
         If the prefixes of several groups do not fit, all prompts are one group. The block size that decides which
         groups are worth their passes is that of the policy that the model was opened with.
         """
-        needs = all_logits, extra_needs, whole_prompts
         policy, stretches = self.opened.policy, self.layers[0].spec.stretches(workload.capacity)
         if shares(policy) and not stretches:
             passes = BlockPasses(policy.block_size, workload.gen_len, self.pass_positions)
             groups = prefix_groups(request, shared_tokens(workload, policy), passes)
             if len(groups) > 1:
                 with suppress(CapacityError, RequestError):
-                    chosen, plan = self.of_call(covering(groups, request, workload.gen_len), *needs)
+                    chosen, plan = self.of_call(covering(groups, request, workload.gen_len), wanted)
                     if shares(chosen.policy):
                         return groups, chosen, plan
-        chosen, plan = self.of_call([workload], *needs)
+        chosen, plan = self.of_call([workload], wanted)
         return [one_group(request, shared_tokens(workload, chosen.policy))], chosen, plan
 
     def of_one_block(
@@ -171,7 +180,7 @@ class CallPlans:
         # Chunks are shorter than the text, so that the buffers are made for chunks that follow cached tokens.
         most = max(min(self.layers[0].spec.chunk_tokens, workload.prompt_len - 1), 1)
         chunk = min(chosen.policy.prefill_chunk or most, most)
-        cut = chosen.policy.replace(prefill_chunk=chunk, reserve_new=0)
+        cut = chosen.policy.replace(prefill_chunk=chunk, prefill_rows=0, reserve_new=0)
         policy = with_fitting_chunk(plan, cut, limits, workload.prompt_len)
         return replace(chosen, policy=policy), fitting_plan(plan, policy, limits)
 

@@ -67,23 +67,24 @@ class Completion:
             return 0
         return policy.guess if self.choice.by_logits else 0
 
-    def enters_by_place(self, policy: Policy) -> bool:
-        """Whether prompts enter in the places of single rows, at the rate of the policy.
+    @property
+    def may_enter_by_place(self) -> bool:
+        """Whether prompts may enter in the places of single rows, at the rate of the policy.
 
         A choice that depends on the ids so far does not allow it: it would be called for places without a row.
         """
-        return policy.prefill_rows > 0 and self.choice.by_logits and not self.choice.whole_call
+        return self.choice.by_logits and not self.choice.whole_call
 
     def ends_rows_apart(self, policy: Policy) -> bool:
         """Whether rows may end in different passes, so that prompts enter in places of rows that have ended."""
         if self.choice.can_end or self.guess(policy) > 0:
             return True
-        return self.enters_by_place(policy) or policy.reserves(self.most)
+        return policy.prefill_rows > 0 or policy.reserves(self.most)
 
     def guesses(self, rows: Sequence[int], policy: Policy) -> Guesses | None:
         """The guesses for a block of the prompts with these numbers, or None if it makes none and all rows of a batch
         have the same number of cached tokens."""
-        if not (guess := self.guess(policy)) and not self.enters_by_place(policy):
+        if not (guess := self.guess(policy)) and not policy.prefill_rows:
             return None
         return Guesses([self.request.prompts[row] for row in rows], self.run, guess, self.propose)
 

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from flexgen.engine.calls import Wanted
 from flexgen.engine.completion import Completion, workload_of
 from flexgen.engine.conveniences import Conveniences
 from flexgen.engine.conversation import Conversation
 from flexgen.engine.opening import Place, open_weights, read_policy
 from flexgen.errors import RequestError
 from flexgen.layout.limits import read_limits
-from flexgen.layout.needs import ExtraNeeds, MemoryPlan, Need
+from flexgen.layout.needs import MemoryPlan, Need
 from flexgen.layout.placement import Placement
 from flexgen.memory.device import ComputeDevice
 from flexgen.memory.machine import Machine
@@ -273,7 +274,8 @@ class OptLM(Conveniences):
             topology = self._machine.device.topology
             logits = whole_call_needs(workload.num_prompts, self.spec.vocab_size, self.dtype, topology)
             extra_needs = [*extra_needs, *logits]
-        groups, model, plan = self._prepared(request, workload, False, lambda _: extra_needs, whole)
+        wanted = Wanted(by_place=completion.may_enter_by_place, extra_needs=lambda _: extra_needs)
+        groups, model, plan = self._prepared(request, workload, wanted, whole)
         model = model if order is None else replace(model, order=order)
         out, new_tokens = completion.blank(pad), 0
         no_bar = self._no_bar if check is None else True
@@ -282,8 +284,7 @@ class OptLM(Conveniences):
         active, reserve = self._machine.device.active(), plan.workspace(Tier.GPU)
         with bar, active, torch.inference_mode(), (call := Call(model, workload, pad, check, reserve)), call:
             kind, waits = WholeCallTokens if whole else NewTokens, completion.ends_rows_apart(model.policy)
-            by_place = completion.enters_by_place(model.policy)
-            for rows, prompts in call.blocks(request, groups, waits=waits, by_place=by_place):
+            for rows, prompts in call.blocks(request, groups, waits=waits):
                 prompts.guesses = completion.guesses(rows, model.policy)
                 output = kind(prompts, tokens, choice, rows, all_listeners)
                 call.run(prompts, tokens, output)
@@ -358,9 +359,9 @@ class OptLM(Conveniences):
         workload = workload_of(self.spec, request, 1)
         topology, cells = self._machine.device.topology, self._plans.slots.cells
         hidden = partial(hidden_needs, self._layers, request, cells, self.dtype, topology)
-        every = hidden_states or not last_only
-        needs = hidden if hidden_states else None
-        return workload, *self._prepared(request, workload, not last_only, needs, whole_prompts=every)
+        every, needs = hidden_states or not last_only, hidden if hidden_states else None
+        wanted = Wanted(all_logits=not last_only, whole_prompts=every, extra_needs=needs)
+        return workload, *self._prepared(request, workload, wanted)
 
     def lane_seconds(self, inputs: IdRows, max_new_tokens: int) -> dict[Phase, dict[LaneName, float]]:
         """Return the seconds that each lane, running alone, takes for `generate` on these prompts.
@@ -373,24 +374,18 @@ class OptLM(Conveniences):
         """
         request = read_request(self.spec, inputs)
         workload = workload_of(self.spec, request, max(new_token_counts(self.spec, request, max_new_tokens)))
-        groups, model, _ = self._prepared(request, workload)
+        groups, model, _ = self._prepared(request, workload, Wanted())
         return lane_seconds(model, request, groups, workload)
 
     def _prepared(
-        self,
-        request: Request,
-        workload: Workload,
-        all_logits: bool = False,
-        extra_needs: ExtraNeeds | None = None,
-        one_block: bool = False,
-        whole_prompts: bool = False,
+        self, request: Request, workload: Workload, wanted: Wanted, one_block: bool = False
     ) -> tuple[Sequence[PrefixGroup], Model, MemoryPlan]:
         """The groups of a call's prompts, the model with the call's policy and order, and the plan of `CallPlans`."""
         model, plans = self._opened(), self._plans
         if one_block:
-            groups, chosen, plan = plans.of_one_block(request, workload, extra_needs)
+            groups, chosen, plan = plans.of_one_block(request, workload, wanted.extra_needs)
         else:
-            groups, chosen, plan = plans.of_groups(request, workload, all_logits, extra_needs, whole_prompts)
+            groups, chosen, plan = plans.of_groups(request, workload, wanted)
         return groups, replace(model, policy=chosen.policy, order=chosen.order), plan
 
     def last_report(self, request: Request, max_new_tokens: int, tokens: int) -> Report:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from flexgen.kernels.shared_prefix import SCORE_VALUES
 from flexgen.layout.cache import CacheLayout, CacheSegment, cache_layout
 from flexgen.layout.needs import Need
-from flexgen.layout.passes import Passes
+from flexgen.layout.passes import CellSize, Passes
 from flexgen.layout.topology import Topology
 from flexgen.models import Layer
 from flexgen.models.layer import AttentionLayer
@@ -99,7 +99,8 @@ class BatchCache:
         segments = [segment for segments in self._by_tier for segment in segments]
         there = [s.device_bytes() for s in segments if s.on_device and self._linked]
         there += [s.extending_bytes(passes.new) for s in segments if passes.extends]
-        return max(max(s.workspace_bytes(passes.new) for s in segments), *there, 0)
+        there += [_part(s, cell).workspace_bytes(cell.new) for s in segments for cell in _cells(s, passes)]
+        return max(there)
 
     def _of_tier(self, segments: tuple[CacheSegment, ...], passes: Passes, slots: int) -> Iterator[Need]:
         tier, on_device = segments[0].tier, segments[0].on_device
@@ -115,7 +116,7 @@ class BatchCache:
         if choices:
             yield Need(Tier.GPU if on_device else Tier.CPU, "cache", "workspace", max(choices))
         if tier is not Tier.GPU and self._linked:
-            fresh = max(segment.token_bytes(segment.stored(passes.new)) for segment in segments)
+            fresh = max(new_bytes(segment, passes) for segment in segments)
             yield Need(Tier.CPU, "cache", "staging", slots * align(fresh, BLOCK))
             yield Need(Tier.GPU, "cache", "workspace", slots * fresh)
 
@@ -148,6 +149,22 @@ def batch_cache(
     """The cache of a batch of `rows` prompts of at most `capacity` tokens each."""
     layouts = (cache_layout(own, policy, rows, capacity, dtype, topology) for own in kinds)
     return BatchCache(kinds, tuple(layouts), rows, topology)
+
+
+def new_bytes(segment: CacheSegment, passes: Passes) -> int:
+    """Bytes of the new keys and values of the segment's rows in the cell that has most."""
+    cells = _cells(segment, passes)
+    return max(_part(segment, cell).token_bytes(segment.stored(cell.new)) for cell in cells)
+
+
+def _cells(segment: CacheSegment, passes: Passes) -> Iterable[CellSize]:
+    """The largest cells of the segment's rows."""
+    return passes.cells(len(segment.rows))
+
+
+def _part(segment: CacheSegment, cell: CellSize) -> CacheSegment:
+    """The segment of the rows of a cell."""
+    return segment if cell.rows == len(segment.rows) else replace(segment, rows=range(cell.rows))
 
 
 def merging_bytes(own: AttentionSpec, tokens: int, shared: int) -> int:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from itertools import chain
 
-from flexgen.errors import CapacityError
+from flexgen.errors import CapacityError, PolicyError
 from flexgen.layout.needs import MemoryPlan, Shortage
 from flexgen.policy import Policy, Tier
 from flexgen.units import format_bytes
@@ -92,13 +93,14 @@ def _advice(plan: Plan, policy: Policy, limits: Limits) -> str:
             f"num_gpu_batches = {shape.num_gpu_batches}"
         )
     least = policy.replace(gpu_batch_size=1, num_gpu_batches=1)
+    # Prompts that enter in cells of their own need all activations on the GPU tier.
+    classes = ("cache",) if policy.prefill_rows else ("cache", "activations")
     for tier in (Tier.CPU, Tier.DISK, Tier.GPU):
-        moved = least.replace(cache={tier: 100}, activations={tier: 100})
-        if not plan(moved).shortage(limits):
-            return (
-                f"It would fit with gpu_batch_size = 1, num_gpu_batches = 1, cache = {{ {tier} = 100 }} and "
-                f"activations = {{ {tier} = 100 }}"
-            )
+        with suppress(PolicyError):  # a policy may refuse a cache on disk
+            moved = least.replace(**{what: {tier: 100} for what in classes})
+            if not plan(moved).shortage(limits):
+                homes = " and ".join(f"{what} = {{ {tier} = 100 }}" for what in classes)
+                return f"It would fit with gpu_batch_size = 1, num_gpu_batches = 1, {homes}"
     return ". ".join(_remedy(short, policy) for short in plan(least).shortages(limits))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from flexgen.layout.cache import Span
 from flexgen.layout.prefix import shared_tokens
@@ -12,6 +13,17 @@ from flexgen.workload import Workload
 _CELL_TOKENS = 256
 """About this number of tokens of prompts form a cell. The computation of fewer tokens is slower per token. With more,
 attention on the host has nothing to do for a longer time."""
+
+
+class CellSize(NamedTuple):
+    """The size of a cell: `new` tokens of each of `rows` rows."""
+
+    rows: int
+    new: int
+
+    @property
+    def positions(self) -> int:
+        return self.rows * self.new
 
 
 @dataclass(frozen=True)
@@ -28,7 +40,9 @@ class Passes:
     guess: the maximum number of guesses that a pass of the decode computes after the newest token of each row.
     longest: the number of tokens of the longest row that may be computed again, in parts, after it was put back to
         wait (`Policy.reserve_new`). 0: none is.
-    rows: the maximum number of prompts that a pass computes; 0: no limit.
+    rows: the maximum number of prompts that a pass computes, in cells of their own; 0: whole batches of prompts are
+        computed.
+    batches: the number of batches of a full block, between which the cells of `rows` prompts are spread.
     """
 
     width: int
@@ -38,6 +52,7 @@ class Passes:
     guess: int = 0
     longest: int = 0
     rows: int = 0
+    batches: int = 1
 
     @classmethod
     def of(cls, workload: Workload, policy: Policy) -> Passes:
@@ -47,7 +62,9 @@ class Passes:
         if policy.reserves(workload.gen_len):  # a row is computed again in parts that are as long as a prompt
             chunk, longest = chunk or width, width + workload.gen_len - 1
         passes = cls(width, chunk, shared=shared, guess=policy.guess, longest=longest)
-        return replace(passes, rows=0 if passes.extends else policy.prefill_rows)
+        if passes.extends or workload.gen_len == 1:  # parts of prompts, or no rows that decode meanwhile
+            return passes
+        return replace(passes, rows=policy.prefill_rows, batches=policy.num_gpu_batches)
 
     @property
     def first(self) -> int:
@@ -60,8 +77,26 @@ class Passes:
 
     @property
     def rows_of_cell(self) -> int:
-        """The number of prompts that a cell computes while other rows decode, if `rows` limits them."""
-        return min(max(_CELL_TOKENS // self.width, 1), max(self.rows, 1))
+        """The number of prompts of a cell in which prompts enter, if `rows` limits them.
+
+        There are at most as many cells as batches: cells that alternate with those that decode overlap best with
+        attention on the host.
+        """
+        most = max(_CELL_TOKENS // self.width, -(-self.rows // self.batches), 1)
+        return min(most, max(self.rows, 1))
+
+    def cells(self, rows: int) -> tuple[CellSize, ...]:
+        """The largest cells that compute a batch of `rows` rows or a part of it: all of its rows, and prompts.
+
+        What exists only during a cell (slots, staging, workspaces) has the size of one of them.
+        """
+        if not self.rows:
+            return (CellSize(rows, self.new),)
+        return CellSize(rows, self.decoded), CellSize(min(self.rows_of_cell, rows), self.width)
+
+    def positions(self, rows: int) -> int:
+        """The maximum number of tokens of a cell that computes a batch of `rows` rows or a part of it."""
+        return max(cell.positions for cell in self.cells(rows))
 
     @property
     def new(self) -> int:

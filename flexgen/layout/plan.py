@@ -188,7 +188,12 @@ class _Block:
         needs = pool.needs() if pool else []
         for rows in self._batches:
             needs += cache[rows].homes(pooled=pool is not None)
-            needs += self._hidden(rows).homes(self.passes.new)
+            needs += self._hidden(rows).homes(self.passes.cells(rows)[0].new)
+        if entering := min(
+            self.passes.rows, sum(self._batches)
+        ):  # in cells of their own, of one or more prompts
+            (hidden,) = self._hidden(1).homes(self.passes.width)
+            needs.append(replace(hidden, nbytes=entering * hidden.nbytes))
         # All batches use the same slots: each slot is as large as the largest batch needs.
         largest: dict[tuple[Tier, str, str], int] = {}
         for of_batch in cache.values():
@@ -215,7 +220,7 @@ class _Block:
     def _decoded(self, cache: Iterable[BatchCache]) -> Iterator[Need]:
         """The needs of decoded matrices in the model's dtype, and the temporaries of decoding."""
         placement, topology, rows = self.placement, self.target.topology, max(self._batches)
-        positions = rows * self.passes.new
+        positions = self.passes.positions(rows)
         nbytes = [
             decoded_bytes(layer, placement)
             for layer in self.layers
@@ -235,7 +240,7 @@ class _Block:
 
     def _looked_up(self) -> Iterator[Need]:
         """The needs of the rows of the embedding table."""
-        positions, cells = max(self._batches) * self.passes.new, self.target.slots.cells
+        positions, cells = self.passes.positions(max(self._batches)), self.target.slots.cells
         lookup = lookup_sizes(self.layers, self.placement, self.target.topology, positions)
         yield Need(Tier.GPU, "weights", "slots", cells * lookup.slot)
         yield Need(Tier.CPU, "weights", "staging", cells * lookup.staging + lookup.scratch)
@@ -261,12 +266,14 @@ class _Block:
         # The result of a layer is the home of a batch that stays on the device. For other batches, a slot keeps the
         # result until its rows have left. If some rows stay, they are copied together with those that arrive.
         moving = (slots + (states.resident > 0)) * hidden if states.resident < rows else 0
-        # During compaction nothing is computed, so the gathered rows of a batch use the memory of the workspace.
-        gathered, workspace = cache.gathered(self._capacity), self._workspace(rows)
+        # During compaction nothing is computed, so the gathered rows of a batch use the memory of the workspace. Rows
+        # in whose places prompts enter never move.
+        gathered = dict.fromkeys(Tier, 0) if passes.rows else cache.gathered(self._capacity)
+        workspace = self._workspace(rows)
         needs.append(Need(Tier.GPU, "activations", "workspace", max(workspace + moving, gathered[Tier.GPU])))
         needs.append(Need(Tier.CPU, "cache", "workspace", gathered[Tier.CPU]))
         if shared := self.passes.shared:
-            tokens = min(rows * passes.new, max(self._spec.chunk_tokens, rows))
+            tokens = min(passes.positions(rows), max(self._spec.chunk_tokens, rows))
             merging = max(merging_bytes(own, tokens, shared) for own in cache.kinds)
             needs.append(Need(Tier.GPU, "cache", "workspace", merging))
         return needs
@@ -277,21 +284,22 @@ class _Block:
         decoded = self.passes.decoded
         # Layers need the most for the prefill, or its last part, or for the last token. The head computes one
         # position of each row, and those of its guesses.
-        steps = [(self.passes.new, workload.prompt_len), (1, workload.capacity)]
+        prompts = self.passes.cells(rows)[-1]
+        steps = [(*prompts, workload.prompt_len), (rows, 1, workload.capacity)]
         if self.passes.guess:
-            steps.append((decoded, workload.capacity + self.passes.guess))
+            steps.append((rows, decoded, workload.capacity + self.passes.guess))
         if self.passes.longest:
-            steps.append((self.passes.new, workload.capacity))
+            steps.append((*prompts, workload.capacity))
         workspace = max(
             layer.workspace_bytes(
-                rows,
+                some,
                 decoded if layer is self.layers[-1] and not self.all_logits else new,
                 context,
                 dtype,
                 self.target.workspaces,
             )
             for layer in one_of_each_kind(self.layers)
-            for new, context in steps
+            for some, new, context in steps
         )
         # Ids are chosen when the head's workspace, except the logits, is free again. With guesses, those of one token
         # of each row are copied.

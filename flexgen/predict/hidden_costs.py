@@ -27,7 +27,7 @@ class HiddenCosts:
         spec, dtype = model.layers[0].spec, model.placement.dtype
         topology = model.hardware.topology
         self._layouts = {rows: hidden_layout(spec, policy, rows, dtype, topology) for rows in sizes}
-        self._table = row_layout(model.layers, model.placement, topology, max(sizes) * passes.new)
+        self._table = row_layout(model.layers, model.placement, topology, passes.positions(max(sizes)))
         keeps = topology.keeps_ids(self.gathers_rows) and not policy.lengths_differ
         self.feeds_ids = keeps and not serial  # see `Grid`
 

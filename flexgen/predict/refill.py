@@ -20,7 +20,7 @@ from flexgen.layout.plan import batch_sizes, room_sizes
 from flexgen.policy import Policy
 from flexgen.predict.costs import CostedBlock, StepCosts
 from flexgen.predict.job import Job
-from flexgen.predict.numbering import numbered
+from flexgen.predict.numbering import Numbered, numbered
 from flexgen.predict.placed import PlacedModel
 from flexgen.predict.timeline import Timeline, play_with_losses, works_of
 from flexgen.results.report import ByPhase, PlacesUsed, Stage
@@ -28,7 +28,7 @@ from flexgen.results.trace import LaneName, Phase
 from flexgen.schedule.admission import between, entry_cells, gathered, regrouped, reseated
 from flexgen.schedule.orders import Slots
 from flexgen.schedule.seats import Seats
-from flexgen.schedule.steps import Op
+from flexgen.schedule.steps import Op, Step
 from flexgen.workload import Workload
 
 _BLOCKS = 16
@@ -308,7 +308,7 @@ class _PassTimes:
         grid = order.grid(len(tokens), layers, batches, costs.weight_pieces, self._slots, costs.feeds_ids)
         steps = numbered(order, grid)
         works = works_of(steps, costs, costs.alike)
-        losses, prefill = job.hardware.losses, int(bool(one.entering))
+        losses, prefill = job.hardware.losses, _in_prefill(steps, tokens)
         timeline = play_with_losses(steps, works, losses, prefill, job.hardware.computes_inline)
         self.timed.append((one.tokens[0], timeline))
         known = [0.0, *timeline.last_ends(Op.STORE_HIDDEN, layers - 1)]
@@ -335,3 +335,17 @@ class _PassTimes:
         block = CostedBlock(1, self._job.order_for(self._policy, 1), batches=[1])
         costs = StepCosts(self._model, self._policy, workload, block)
         return _COPIES * costs.cached_token_bytes / rate
+
+
+def _in_prefill(steps: Numbered, tokens: Sequence[Sequence[int]]) -> list[bool]:
+    """For each entry, whether it computes prompts, or is a part of a pass in which no row decodes.
+
+    tokens: of each pass, the token of each cell. Weights that arrive while rows decode share host memory with the
+    attention of these rows, as in a decode.
+    """
+    alone = [max(some) <= 0 for some in tokens]
+
+    def prompts(step: Step) -> bool:
+        return alone[step.token] or (step.op is not Op.LOAD_WEIGHTS and tokens[step.token][step.batch] <= 0)
+
+    return [step is not None and prompts(step) for step in steps.steps()]

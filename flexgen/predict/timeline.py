@@ -175,21 +175,28 @@ _MOST_LOST = 0.9
 
 
 def play_with_losses(
-    steps: Numbered, works: Sequence[Costs], losses: Losses, prefill: int = 1, inline: bool = False
+    steps: Numbered,
+    works: Sequence[Costs],
+    losses: Losses,
+    prefill: int | Sequence[bool] = 1,
+    inline: bool = False,
 ) -> Timeline:
     """`play` with lanes that slow each other down while they work at the same time.
 
     The schedule is timed, and each stage is lengthened by its losses to the stages that it overlaps. This repeats for
     a few rounds, until the end of the schedule no longer changes. Losses are spread evenly over a stage.
 
-    prefill: the number of passes of the prefill. inline: as in `play`.
+    prefill: the number of passes of the prefill, or for each entry of the schedule, whether it is in the prefill.
+    inline: as in `play`.
     """
     made = play(steps, works, inline=inline)
     if not losses:
         return made
     lanes = np.array([_NUMBER[lane] for work in works for chain in work for lane, _ in chain], dtype=int)
     stages = [sum(map(len, work)) for work in works]
-    in_prefill = np.repeat(np.array(steps.visits()) < prefill * steps.layers, stages)
+    if isinstance(prefill, int):
+        prefill = [visit < prefill * steps.layers for visit in steps.visits()]
+    in_prefill = np.repeat(prefill, stages)
     for _ in range(_ROUNDS):
         before = made.span
         stretched = _stretched(lanes, in_prefill, np.array(made.starts), np.array(made.ends), losses)

@@ -118,7 +118,7 @@ class Buffers:
         self._close.append(activations.close)
         lookup = None
         if model.table is not None:
-            lookup = Lookup(model.table, max(batches) * passes.new, dtype, machine, slots)
+            lookup = Lookup(model.table, passes.positions(max(batches)), dtype, machine, slots)
             self._close.append(lookup.close)
         replays: CellGraphs | RecordedCells | None = None
         device = machine.device

@@ -13,6 +13,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from flexgen.layout.cache import CacheLayout, CacheSegment, Span
+from flexgen.layout.cache_needs import new_bytes
 from flexgen.layout.cache_pool import CachePool
 from flexgen.layout.passes import Passes
 from flexgen.memory.disk import Read
@@ -133,7 +134,7 @@ class CacheStorage:
         tier, on_device = segments[0].tier, self._reaches_device(segments[0])
         topology = self._machine.device.topology
         in_device = on_device and not topology.in_place(tier) and not topology.shares_host_memory
-        fresh = max(segment.token_bytes(segment.stored(self._passes.new)) for segment in segments)
+        fresh = max(new_bytes(segment, self._passes) for segment in segments)
         return Slot(
             device=self._take(self._machine.device.memory, largest, "slots of the KV cache")
             if in_device

@@ -165,18 +165,17 @@ class Call:
         groups: Sequence[PrefixGroup],
         prefix_output: PrefixOutput = _first_token,
         waits: bool = False,
-        by_place: bool = False,
     ) -> Iterator[tuple[list[int], Prompts]]:
         """The numbers of the prompts of each block, prepared, group by group. `begin` computes the prefix of a group.
 
         waits: whether all prompts of a group are given to one block, where those beyond its size wait until rows have
-            ended. by_place: whether they then enter in the places of single rows, at the rate of the policy.
+            ended.
         """
         for group in groups:
             self.begin(group, request, prefix_output)
             own = group.prompts(request)
             for some in own.blocks(len(own.prompts) if waits else self._model.policy.block_size):
-                yield [group.rows[n] for n in some], self.prepare([own.prompts[n] for n in some], 0, by_place)
+                yield [group.rows[n] for n in some], self.prepare([own.prompts[n] for n in some])
 
     @property
     def prefix(self) -> tuple[SharedPrefix, ...]:
@@ -234,9 +233,9 @@ class Call:
             run_all([block._free_prompts, block._buffers.close, model.machine.device.return_freed])
         return timed
 
-    def prepare(self, prompts: Sequence[np.ndarray], cached: int = 0, by_place: bool = False) -> Prompts:
+    def prepare(self, prompts: Sequence[np.ndarray], cached: int = 0) -> Prompts:
         """Accept the prompts of the next block. Prompts beyond the policy's block size enter when rows have ended.
-        `cached`: the tokens of each row in retained buffers. by_place: see `blocks`; not for chunks of prompts."""
+        `cached`: the tokens of each row in retained buffers."""
         self._began = time.perf_counter()
         self._free_prompts()
         policy, width = self._model.policy, max(map(len, prompts))
@@ -244,8 +243,6 @@ class Call:
         buffers.fit(self._model, self._workload, batches, self._workspace)
         shared = buffers.prefix.length if buffers.prefix else 0
         passes = replace(Passes.of(self._workload, policy), width=width, cached=cached, shared=shared)
-        if not by_place:
-            passes = replace(passes, rows=0)
         machine, slots = self._model.machine, self._model.slots.cells
         self._prompts = Prompts(prompts, batches, passes, self._pad_id, machine, slots)
         if pool := self._block.pool:

@@ -83,7 +83,9 @@ class Prompts:
         self._cells = [CellRows(k, range(len(batch.rows)), batch) for k, batch in enumerate(self._batches)]
         self._slots = [
             torch.zeros(
-                max([*sizes, max(batches) * passes.decoded]),
+                passes.positions(max(batches))
+                if passes.rows
+                else max([*sizes, max(batches) * passes.decoded]),
                 dtype=torch.int64,
                 device=self.device.torch_device,
             )

@@ -106,11 +106,9 @@ def entry_cells(
 ) -> list[tuple[int, range]]:
     """The cells in which the next pass computes prompts: batch, and adjacent places of it.
 
-    computed, rows: as for `reseated`. together: the number of prompts of a cell. A cell has more if there are fewer
-    batches than cells: cells that alternate with those that decode overlap best with attention on the host.
+    computed, rows: as for `reseated`. together: the maximum number of prompts of a cell.
     """
     cells: list[tuple[int, range]] = []
-    together = max(together, -(-rows // max(len(batches), 1)))
     places = ((k, n) for k, batch in enumerate(batches) for n, row in enumerate(batch) if not computed[row])
     for k, n in islice(places, rows):
         if cells and cells[-1][0] == k and cells[-1][1].stop == n and len(cells[-1][1]) < together:

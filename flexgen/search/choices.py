@@ -18,7 +18,7 @@ from flexgen.predict.job import Job
 from flexgen.predict.refill import refills
 from flexgen.quant import CODECS, head_format
 from flexgen.search.linear import CLASSES, Column, Shares
-from flexgen.search.moves import refused
+from flexgen.search.moves import Short, refused, traded
 
 _MOST_BATCHES = 64
 """The maximum number of batches. Beyond it, sharing a load of weights among more batches saves almost nothing."""
@@ -109,9 +109,12 @@ class Choices:
         mean = workload.mean_new or workload.gen_len
         return shaped.replace(prefill_rows=max(round(shaped.block_size / mean), 1))
 
-    def alike(self, policy: Policy) -> Iterator[Policy]:
-        """`policy` with other rates at which prompts enter, and with guesses."""
+    def alike(self, policy: Policy, short: Short) -> Iterator[Policy]:
+        """`policy` with other rates at which prompts enter, then with its cache in the place of weights, and with
+        guesses."""
         yield from self.rates(policy)
+        if policy.prefill_rows and not self.fixed & {"weights", "cache"}:
+            yield from traded(policy, self.tiers, short)
         yield from self.guessing(policy)
 
     def rates(self, policy: Policy) -> Iterator[Policy]:

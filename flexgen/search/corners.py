@@ -92,7 +92,7 @@ class Corners:
         """The figures of blocks of the form's shape. Columns without rates on the machine are left out."""
         several = form.num_gpu_batches > 1
         # Times and bytes of several batches are linear in their number.
-        first = form.replace(num_gpu_batches=2 if several else 1, prefill_rows=min(form.prefill_rows, 1))
+        first = _with_batches(form, 2 if several else 1)
         key = first, tuple(columns)
         if key not in self._known:
             self._known[key] = self._evaluate(first, columns)
@@ -195,11 +195,18 @@ class Corners:
         entering = refills(workload, policy)
         if entering:
             new, flushing = sorted({0, min(1, gen_len - 1), gen_len - 1}), ()
-        parts = range(Passes.of(workload, policy).first, 0)
+        passes = Passes.of(workload, policy)
+        parts = range(passes.first, 0)
         lead, tokens = len(parts), [*parts, *new]
         several = policy.num_gpu_batches > 1
         block = CostedBlock(policy.block_size, order, tokens, [lead + n for n in flushing])
         costs = StepCosts(model, policy, workload, block)
+        apart, cells = costs, 1.0
+        if passes.rows:  # the prompts of a batch are computed in several cells, between those of other rows
+            rows = passes.cells(policy.gpu_batch_size)[1].rows
+            cells = policy.gpu_batch_size / rows
+            own = CostedBlock(rows, order, [0], batches=[rows] * policy.num_gpu_batches)
+            apart = StepCosts(model, policy, workload, own)
         sums = {op: [[[0.0] * len(tokens) for _ in range(ROWS)] for _ in range(2)] for op in ops}
         shape = 1, len(layers), policy.num_gpu_batches, costs.weight_pieces
         for op, _, layer, batch in all_steps(Grid(*shape, splits_attention=order.splits_attention)):
@@ -207,18 +214,19 @@ class Corners:
                 continue
             first, times = sums[op][0], repeated[layer]
             each = sums[op][several and batch > 0 and op is not Op.LOAD_WEIGHTS]
-            for n in range(len(tokens)):
-                longest = 0.0
-                for chain in costs(Step(op, n, layer, batch)):
+            for n, token in enumerate(tokens):
+                longest, enters = 0.0, passes.rows > 0 and token == 0
+                count = times * cells if enters and op is not Op.LOAD_WEIGHTS else times
+                for chain in (apart if enters else costs)(Step(op, n, layer, batch)):
                     for lane, seconds in chain:
-                        each[LANE_ROW[lane]][n] += times * seconds
+                        each[LANE_ROW[lane]][n] += count * seconds
                     longest = max(longest, sum(seconds for _, seconds in chain))
-                if op in _TURN and batch == 0:
+                if op in _TURN and batch == 0 and not enters:
                     first[IN_TURN][n] += times * longest
                 if op is Op.LOAD_WEIGHTS and order.slots.weights == 1:
                     first[UNHIDDEN][n] += times * longest
                 if op is Op.COMPUTE:
-                    each[UNHIDDEN][n] += times * longest
+                    each[UNHIDDEN][n] += count * longest
 
         def of_parts(row: list[float]) -> tuple[float, ...]:
             prefill = sum(row[: lead + 1])
@@ -239,7 +247,7 @@ class Corners:
         """The bytes (2, tiers): from the plans of small models with few batches, plus those of the other layers."""
         few, additions = self._additions(order.slots.weights)
         batches = (2, 3) if policy.num_gpu_batches > 1 else (1,)
-        blocks = [policy.replace(num_gpu_batches=n) for n in batches]
+        blocks = [_with_batches(policy, n) for n in batches]
         planned = cache(lambda model: np.array([self._planned(block, order, model) for block in blocks]))
         deep = planned(few)
         for added in additions:
@@ -305,6 +313,12 @@ class Corners:
             spec = replace(self._job.spec, layers=kinds)
             self._placements[kinds] = Placements(spec, self._job.dtype)
         return self._placements[kinds]
+
+
+def _with_batches(policy: Policy, batches: int) -> Policy:
+    """`policy` with another number of batches, and as many prompts that enter for each batch as before."""
+    entering = round(policy.prefill_rows * batches / policy.num_gpu_batches)
+    return policy.replace(num_gpu_batches=batches, prefill_rows=max(entering, min(policy.prefill_rows, 1)))
 
 
 def _few_tokens(gen_len: int, pages: bool) -> tuple[Sequence[int], Sequence[int]]:

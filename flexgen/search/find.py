@@ -26,7 +26,7 @@ from flexgen.search.choices import Choices, reserves
 from flexgen.search.effort import THOROUGH, Effort, without_collections
 from flexgen.search.limits import limits_in_words
 from flexgen.search.linear import CLASSES, Solution, one_codec_each
-from flexgen.search.moves import Short, filled, moves, squeezed
+from flexgen.search.moves import Short, filled, moves, squeezed, with_room
 from flexgen.search.programs import Programs, Solved, by_seconds
 from flexgen.search.simulations import Run, Simulations
 from flexgen.units import format_bytes
@@ -260,14 +260,16 @@ class _Finder:
         self._try_orders()
         first, *others = sorted(self._tried, key=self._score)
         best = self._in_best_order(self._improved(first))
-        alike = [best._replace(policy=policy) for policy in self._choices.alike(best.policy)]
-        self._tried[fastest := simulations.fastest(best, alike)] = self._tried[best]
-        best = fastest
         kept, laid_out = [best], simulations.cells(best.policy)[0]
         for run in others:
             if len(kept) < top and (len(kept) < 2 or laid_out < self._effort.last_cells):
                 kept.append(run)
                 laid_out += simulations.cells(run.policy)[0]
+        best = min(kept, key=lambda run: simulations.prediction(run).report.total_s * self._handicap(run))
+        alike = self._choices.alike(best.policy, self._short_in(best.order))
+        fastest = simulations.fastest(best, [best._replace(policy=policy) for policy in alike])
+        self._tried[fastest] = self._tried[best]
+        kept = [fastest, *(run for run in kept if run not in (best, fastest))]
         candidates = {run: self._candidate(run) for run in kept}
         took = {run: made.prediction.report.total_s for run, made in candidates.items()}
         first, *others = sorted(kept, key=lambda run: took[run] * self._handicap(run))
@@ -333,9 +335,9 @@ class _Finder:
 
         Fixed costs, whole rows and the free memory of tiers are not linear, so the program's solution is not optimal.
         """
-        simulations, solved = self._simulations, self._tried[run]
-        until = simulations.laid_out + self._effort.cells
-        least = self._took[run]
+        simulations, solved, short = self._simulations, self._tried[run], self._short_in(run.order)
+        movable = () if "weights" in self._choices.fixed else self._choices.tiers
+        until, least = simulations.laid_out + self._effort.cells, self._took[run]
         for step in _STEPS:
             better = True
             while better and simulations.laid_out < until:
@@ -343,9 +345,9 @@ class _Finder:
                 for policy in moves(run.policy, step, self._choices.tiers, self._choices.fixed):
                     if simulations.laid_out >= until:
                         break
-                    moved = run._replace(policy=policy)
-                    if simulations.short(moved):
+                    if (fitting := with_room(policy, movable, short)) is None:
                         continue
+                    moved = run._replace(policy=fitting)
                     took = simulations.seconds(moved, solved.figures)
                     if took < least * (1 - 1e-4):
                         run, least, better = moved, took, True

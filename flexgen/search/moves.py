@@ -15,6 +15,8 @@ Short = Callable[[Policy], Collection[Tier]]
 _FILLING = 20.0, 5.0, 1.0
 """The percentages of the weights to move in one step to fill a tier."""
 _SQUEEZING = 5.0
+_TRADES = 2.0, 4.0, 8.0, 16.0
+"""The percentages of the cache to move in the place of weights."""
 
 
 def moves(policy: Policy, step: float, tiers: Sequence[Tier], fixed: Collection[str]) -> Iterator[Policy]:
@@ -65,6 +67,24 @@ def squeezed(policy: Policy, tiers: Collection[Tier], short: Short) -> Policy | 
             return None
         policy = policy.replace(weights=_moved(policy.weights, source, slower[source], percent))
     return policy
+
+
+def with_room(policy: Policy, tiers: Collection[Tier], short: Short) -> Policy | None:
+    """`policy`, or if it does not fit, with weights on slower ones of `tiers`; None if that is impossible."""
+    if not short(policy):
+        return policy
+    room = squeezed(policy, tiers, short)
+    return room and filled(room, tiers, short)
+
+
+def traded(policy: Policy, tiers: Collection[Tier], short: Short) -> Iterator[Policy]:
+    """`policy` with more of its cache on the GPU, in the place of weights. Which of them saves more depends on how
+    well attention on the host overlaps, which a model of few layers does not show."""
+    for percent in _TRADES:
+        if policy.cache.percent(Tier.CPU) >= percent:
+            cache = _moved(policy.cache, Tier.CPU, Tier.GPU, percent)
+            if room := with_room(policy.replace(cache=cache), tiers, short):
+                yield room
 
 
 def _moved(split: Split, source: Tier, target: Tier, percent: float) -> dict[Tier, Share]:

@@ -85,7 +85,8 @@ def _simulated(
     """(4,): the figures of `Turnover`, with the sum of the tokens instead of their mean. And `Turnover.timed`."""
     answers = Workload(1, gen_len, prompts, mean_new=mean_new).answers()
     total, kinds = np.zeros(4), dict[tuple[int, int, bool], int]()
-    for one in refilled_passes(answers, policy, Passes(width, rows=policy.prefill_rows)):
+    passes = Passes(width, rows=policy.prefill_rows, batches=policy.num_gpu_batches)
+    for one in refilled_passes(answers, policy, passes):
         decoding = [token for token in one.tokens if token > 0]
         total += not decoding, bool(decoding), len(decoding), sum(decoding)
         kinds[one.kind] = len(one.tokens)

@@ -14,9 +14,10 @@ from flexgen.engine.completion import Completion
 from flexgen.engine.model import OptLM
 from flexgen.layout import passes
 from flexgen.layout.passes import Passes
-from flexgen.policy import Policy
+from flexgen.policy import Policy, Tier
 from flexgen.predict.refill import refilled_passes
 from flexgen.results.report import Stage
+from flexgen.results.trace import Phase
 from flexgen.runtime.choice import Choice, Limited, Sampled
 from flexgen.runtime.request import read_request
 from flexgen.schedule.orders import ORDERS
@@ -141,18 +142,35 @@ def test_samples_do_not_depend_on_the_rate(tiny: Any, prompts: Any) -> None:
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
 @pytest.mark.parametrize("split", SPLITS, ids=str)
 def test_a_call_stays_within_the_plan(split: Any, device: str, tiny: Any, prompts: Any) -> None:
+    """Also calls with fewer batches, and with one new token, which computes whole batches of prompts."""
     model, rows = tiny(NAMES[0]), prompts([4] * 14)
-    policy = Policy(gpu_batch_size=3, num_gpu_batches=2, cache=split, weights={"cpu": 100})
-    peaks = []
-    for limit in (0, 2):
-        slow = policy.replace(prefill_rows=limit)
-        with OptLM(model.directory, slow, device=device, progress=False) as lm:
-            lm.generate(rows, TOKENS, stop=())
-            machine = lm._machine
-            peaks.append((machine.host.peak, machine.device.memory.peak))
-            np.testing.assert_array_equal(lm.generate(rows[:5], 3, stop=()), model.greedy(rows[:5], 3))
-            assert lm.forward(rows[:3]).shape[0] == 3
-    assert peaks[1] == peaks[0]
+    policy = Policy(gpu_batch_size=3, num_gpu_batches=2, cache=split, weights={"cpu": 100}, prefill_rows=2)
+    with OptLM(model.directory, policy, device=device, progress=False) as lm:
+        ids = 8 * len(rows) * (len(rows[0]) + 1)  # plans do not count them
+        stores = {Tier.CPU: lm._machine.host}
+        if device != "cpu":
+            stores[Tier.GPU] = lm._machine.device.memory
+        for some, tokens in ((rows, TOKENS), (rows[:5], 3), (rows[:2], 2), (rows, 1)):
+            used = {tier: store.used for tier, store in stores.items()}
+            for store in stores.values():
+                store.peak = store.used
+            np.testing.assert_array_equal(lm.generate(some, tokens, stop=()), model.greedy(some, tokens))
+            assert lm.stats is not None
+            for tier, store in stores.items():
+                needs = [n for n in lm.stats.plan.needs if n.tier is tier and n.role != "workspace"]
+                planned = sum(
+                    n.nbytes for n in needs if n.what != "activations"
+                )  # they are a layer's results
+                planned -= lm._plans.of_weights().on(tier)
+                assert store.peak - used[tier] <= planned + (ids if tier is Tier.CPU else 0)
+        assert lm.forward(rows[:3]).shape[0] == 3
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_lanes_are_timed_with_whole_batches(device: str, tiny: Any, prompts: Any) -> None:
+    policy = Policy(gpu_batch_size=3, num_gpu_batches=2, prefill_rows=1)
+    with OptLM(tiny(NAMES[0]).directory, policy, device=device, progress=False) as lm:
+        assert lm.lane_seconds(prompts([4] * 6), 3)[Phase.DECODE]
 
 
 def test_calls_in_which_nothing_enters(tiny: Any, prompts: Any) -> None:
@@ -181,7 +199,7 @@ def test_predictions_assume_the_passes_of_a_run(
 ) -> None:
     rows = prompts([5] * len(times))
     policy = Policy(gpu_batch_size=size, num_gpu_batches=batches, prefill_rows=limit)
-    expected = list(refilled_passes(times, policy, Passes(5, rows=limit)))
+    expected = list(refilled_passes(times, policy, Passes(5, rows=limit, batches=batches)))
     with OptLM(tiny(NAMES[0]).directory, policy, device="cpu", progress=False) as lm:
         lm.generate(rows, times, stop=())
         assert lm.stats is not None

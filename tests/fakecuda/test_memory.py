@@ -140,6 +140,20 @@ def test_a_call_takes_what_was_planned(name, config, gpu):
     assert_planned(*called(gpu, config, GREEDY, **CLASSES[name]))
 
 
+@pytest.mark.parametrize("config", [OPT, LLAMA], ids=["opt", "llama"])
+@pytest.mark.parametrize("attend_on", ["gpu", "cpu"])
+@pytest.mark.parametrize("on_gpu", [100, 50, 0])
+def test_prompts_that_enter_at_a_rate_take_what_was_planned(config, on_gpu, attend_on, t4):
+    """Each pass computes two prompts, one in a cell; as whole batches they are 16."""
+    classes = dict(weights={"cpu": 100}, activations=ON_GPU, cache={"gpu": on_gpu, "cpu": 100 - on_gpu})
+    taken = [
+        called(t4, config, GREEDY, **classes, attend_on=attend_on, prefill_rows=limit) for limit in (2, 0)
+    ]
+    for one in taken:
+        assert_planned(*one)
+    assert taken[0][1] < taken[1][1]
+
+
 @pytest.mark.parametrize("name", ["on the GPU", "thirds", "thirds, attention on the host", "int4 cache"])
 def test_a_shared_prefix_takes_what_was_planned(name, gpu):
     prompts = [PROMPTS[0][:150] + prompt[:100] for prompt in PROMPTS]

@@ -40,13 +40,24 @@ POLICIES = st.builds(
     attend_on=st.sampled_from(["cpu", "gpu"]),
     sep_layer=st.booleans(),
 )
+ENTERING = st.builds(
+    Policy,
+    gpu_batch_size=st.integers(1, 70),
+    num_gpu_batches=st.integers(1, 9),
+    weights=splits(),
+    cache=st.integers(0, 10).map(lambda tenths: Split(gpu=10 * tenths, cpu=100 - 10 * tenths)),
+    activations=st.just(Split(gpu=100)),
+    attend_on=st.sampled_from(["cpu", "gpu"]),
+    sep_layer=st.booleans(),
+    prefill_rows=st.integers(1, 20),
+)
 LIMITS = st.one_of(st.none(), st.integers(10, 38).map(lambda bits: 2**bits))
 
 
 @settings(max_examples=40, deadline=None)
 @given(
     name=st.sampled_from(sorted(LAYERS)),
-    policy=POLICIES,
+    policy=POLICIES | ENTERING,
     workload=st.builds(Workload, st.integers(1, 300), st.integers(1, 40), st.integers(1, 20)),
     topology=st.sampled_from([LINKED, SHARED]),
     held=st.tuples(LIMITS, LIMITS, LIMITS),

@@ -5,7 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgen.layout.cache import Span
-from flexgen.layout.passes import Passes
+from flexgen.layout.passes import CellSize, Passes
+from flexgen.policy import Policy
+from flexgen.schedule.admission import entry_cells
+from flexgen.workload import Workload
 
 
 @given(
@@ -45,3 +48,46 @@ def test_every_column_is_computed_once(widths, chunk, cached, tokens):
 )
 def test_kinds_of_steps(span, decodes, extends, pages):
     assert (span.decodes, span.extends, span.pages(4)) == (decodes, extends, pages)
+
+
+@pytest.mark.parametrize(
+    ("passes", "rows", "sizes"),
+    [
+        (Passes(512), 48, [(48, 512)]),
+        (Passes(512, 128), 48, [(48, 128)]),
+        (Passes(2, guess=4), 48, [(48, 5)]),
+        (Passes(512, rows=6, batches=8), 48, [(48, 1), (1, 512)]),
+        (Passes(512, rows=6, batches=4), 48, [(48, 1), (2, 512)]),
+        (Passes(512, rows=6, batches=1), 4, [(4, 1), (4, 512)]),
+        (Passes(64, rows=6, batches=8), 48, [(48, 1), (4, 64)]),
+        (Passes(8, rows=6, batches=8), 48, [(48, 1), (6, 8)]),
+    ],
+)
+def test_the_sizes_of_cells(passes, rows, sizes):
+    assert passes.cells(rows) == tuple(CellSize(*size) for size in sizes)
+    assert passes.positions(rows) == max(rows * new for rows, new in sizes)
+
+
+@given(
+    computed=st.lists(st.booleans(), min_size=1, max_size=40),
+    width=st.integers(1, 600),
+    limit=st.integers(1, 12),
+    shape=st.tuples(st.integers(1, 9), st.integers(1, 6)),
+)
+def test_no_cell_of_prompts_is_larger(computed, width, limit, shape):
+    """Also in a block with fewer or smaller batches than the largest one."""
+    size, batches = shape
+    passes = Passes(width, rows=limit, batches=batches)
+    seated = [list(range(len(computed)))[n : n + size] for n in range(0, len(computed), size)][:batches]
+    cells = entry_cells(seated, computed, passes.rows, passes.rows_of_cell)
+    prompts = passes.cells(size)[1]
+    assert all(len(places) <= prompts.rows for _, places in cells)
+    assert sum(len(places) for _, places in cells) <= limit
+
+
+def test_when_prompts_enter_in_cells_of_their_own():
+    policy = Policy(gpu_batch_size=4, num_gpu_batches=3, prefill_rows=5)
+    assert Passes.of(Workload(16, 4, 12), policy) == Passes(16, rows=5, batches=3)
+    assert Passes.of(Workload(16, 1, 12), policy).rows == 0, "no row decodes"
+    assert Passes.of(Workload(16, 4, 12), policy.replace(prefill_chunk=8)).rows == 0
+    assert Passes.of(Workload(16, 4, 12), policy.replace(prefill_chunk=16)).rows == 5

@@ -38,7 +38,7 @@ from flexgen.runtime.activations import Activations
 from flexgen.runtime.kvcache import KVCache
 from flexgen.schedule.orders import Slots
 from flexgen.schedule.turns import Turns
-from flexgen.units import ALIGNMENT, BLOCK, GIB, KIB, MIB
+from flexgen.units import ALIGNMENT, BLOCK, GIB, KIB, MIB, align
 from flexgen.workload import Workload
 
 DTYPES = st.sampled_from([torch.float32, torch.float16])
@@ -275,7 +275,31 @@ def test_cache_and_hidden_states_take_what_was_planned(
     policy = policy.replace(
         attn_sparsity=share, prefill_chunk=chunk, reserve_new=reserve if share == 1 else 0
     )
-    workload = Workload(prompt_len, 5, prompts)
+    assert_taken(layers, policy, Workload(prompt_len, 5, prompts), dtype, device, slots)
+
+
+@settings(max_examples=40)
+@given(
+    layers=st.sampled_from([LAYERS, UNEVEN]),
+    policy=policies,
+    on_gpu=st.integers(0, 10),
+    prompts=st.integers(1, 30),
+    prompt_len=st.integers(1, 300),
+    dtype=DTYPES,
+    device=st.sampled_from(["cpu", "emulated"]),
+    slots=st.integers(1, 4),
+    limit=st.integers(1, 12),
+)
+def test_cells_of_prompts_take_what_was_planned(
+    layers, policy, on_gpu, prompts, prompt_len, dtype, device, slots, limit
+):
+    codecs = policy.cache[Tier.GPU].codec, policy.cache[Tier.CPU].codec
+    cache = Split(Share(10 * on_gpu, codecs[0]), Share(100 - 10 * on_gpu, codecs[1]))
+    policy = policy.replace(activations={"gpu": 100}, cache=cache, prefill_rows=limit)
+    assert_taken(layers, policy, Workload(prompt_len, 5, prompts), dtype, device, slots)
+
+
+def assert_taken(layers, policy, workload, dtype, device, slots):
     with closing(Machine.open(device)) as machine:
         placement = place_weights(layers, policy.weights, dtype)
         topology = machine.device.topology
@@ -526,3 +550,27 @@ def test_a_prompt_in_parts_takes_the_same_at_any_length():
     whole = taken(32768, policy.replace(prefill_chunk=0))
     assert long == short and all(nbytes * 60 < whole[key] for key, nbytes in long.items())
     assert computing(32768, 512) == computing(4096, 512) < computing(32768, 32768) / 8
+
+
+def test_prompts_that_enter_at_a_rate_take_the_memory_of_their_cells():
+    """The hidden states of all prompts of a pass and of one token of each row, and keys and values of one cell."""
+    policy = Policy(
+        gpu_batch_size=6, num_gpu_batches=4, cache={"cpu": 100}, activations={"gpu": 100}, attend_on="cpu",
+    )  # fmt: skip
+    token, rows, width = 2 * SPEC.hidden_size, 24, 512
+    placement, workload = place_weights(LAYERS, policy.weights, torch.float16), Workload(width, 4, rows)
+
+    def needed(policy, tier, what, role):
+        plan = plan_memory(LAYERS, placement, policy, Target(LINKED), workload)
+        return sum(n.nbytes for n in plan.needs if (n.tier, n.what, n.role) == (tier, what, role))
+
+    slow = policy.replace(prefill_rows=5)  # two prompts in a cell
+    hidden = Tier.GPU, "activations", "home"
+    assert needed(policy, *hidden) == rows * width * token
+    assert needed(slow, *hidden) == 4 * align(6 * token, BLOCK) + 5 * width * token
+    staging = Tier.CPU, "cache", "staging"
+    assert needed(policy, *staging) - needed(slow, *staging) == 2 * (6 - 2) * 2 * width * token
+    for role in "workspace", "slots":
+        for what in "activations", "cache", "weights":
+            assert needed(slow, Tier.GPU, what, role) <= needed(policy, Tier.GPU, what, role)
+    assert needed(slow, Tier.CPU, "cache", "workspace") == 0, "no rows move together"

@@ -103,3 +103,17 @@ def test_jobs_of_many_prompts_repeat_the_steady_stage(opt, machine):
         ]
     )
     assert many.total_s == pytest.approx(each * len(passes), rel=0.05)
+
+
+def test_attention_on_the_host_slows_weights_that_arrive_while_prompts_enter(opt, machine):
+    """As in a decode, though in a prefill, where the host only copies, it does not."""
+    on_host = dict(cache={"cpu": 100}, attend_on="cpu", sep_layer=False)
+    policy = POLICY.replace(prefill_rows=1, activations={"gpu": 100}, **on_host)
+    pairs = "to_device host", "host to_device"
+
+    def seconds(share):
+        lost = dict(interference=dict.fromkeys(pairs, share), prefill_interference=dict.fromkeys(pairs, 0.0))
+        report = predict(opt, policy, machine(**lost), Workload(16, 8, 64)).report
+        return report.stages[Stage.STEADY].seconds
+
+    assert seconds(0.5) > 1.01 * seconds(0.0)

@@ -80,7 +80,7 @@ def test_prompts_enter_where_rows_have_ended(
     [
         (range(6), 3, 1, []),
         ([], 2, 1, [(0, range(0, 1)), (0, range(1, 2))]),
-        ([], 4, 1, [(0, range(0, 2)), (0, range(2, 3)), (1, range(0, 1))]),
+        ([], 4, 1, [(0, range(0, 1)), (0, range(1, 2)), (0, range(2, 3)), (1, range(0, 1))]),
         ([], 4, 2, [(0, range(0, 2)), (0, range(2, 3)), (1, range(0, 1))]),
         ([], 9, 8, [(0, range(3)), (1, range(3))]),
         ([1, 3, 4], 9, 8, [(0, range(0, 1)), (0, range(2, 3)), (1, range(2, 3))]),

@@ -9,8 +9,9 @@ from flexgen.models import open_model
 from flexgen.policy import Tier
 from flexgen.predict.job import Job
 from flexgen.predict.prediction import predict_job
+from flexgen.results.trace import LaneName
 from flexgen.search.corners import Corners
-from flexgen.search.linear import CLASSES, Column
+from flexgen.search.linear import CLASSES, Column, blocks
 from flexgen.workload import Workload
 
 CODED = [Column("weights", Tier.CPU, "int4"), Column("cache", Tier.CPU, "int8")]
@@ -50,3 +51,23 @@ def test_seconds_include_the_blocks_of_a_prefix(cache, blocks, cuts, groups, con
     for of_phase, predicted in zip(seconds, predict_job(job, policy).report.phases.values(), strict=True):
         for lane, alone in predicted.items():
             assert of_phase[lane] * blocks == pytest.approx(alone, rel=1e-6), lane
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_prompts_that_enter_at_a_rate_are_costed_in_their_cells(batches, configs, machine):
+    """Products with few rows are slow here: two prompts in a cell take about four times as long as in a batch."""
+    spec, _ = open_model(configs["opt"], "dummy")
+    hardware = machine(products={"float32": [[128, 1e8], [1024, 8e8]]}, host_attention={"float32": 1e9})
+    job = Job(spec, hardware, Workload(64, 9, 256), torch.float32)
+    columns = [Column("weights", Tier.CPU), Column("cache", Tier.CPU), Column("activations", Tier.GPU)]
+    split = {column.what: {column.tier: 100} for column in columns}
+    policy = Policy(
+        gpu_batch_size=16 // batches, num_gpu_batches=batches, attend_on="cpu", sep_layer=False, prefill_rows=2,
+        **split,
+    )  # fmt: skip
+    figures = Corners(job).figures(policy, columns)
+    seconds = figures.seconds(dict.fromkeys(columns, 1.0))
+    predicted = predict_job(job, policy).report.phases.values()
+    for lane in (LaneName.COMPUTE, LaneName.HOST):
+        total = sum(of_phase[lane] for of_phase in seconds) * blocks(job.workload, policy)
+        assert total == pytest.approx(sum(alone[lane] for alone in predicted), rel=0.1), lane
