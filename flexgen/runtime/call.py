@@ -30,6 +30,7 @@ from flexgen.runtime.prompts import Prompts
 from flexgen.runtime.request import Request
 from flexgen.runtime.seating import Seating
 from flexgen.runtime.tokens import NewTokens, Output
+from flexgen.runtime.weights_ahead import WeightsAhead
 from flexgen.schedule.idle import Place
 from flexgen.schedule.orders import Order, normal
 from flexgen.schedule.steps import Grid, Op, Step
@@ -279,7 +280,7 @@ class Call:
                     number = restarted
                 self._regroup(prompts, generation.following, number)
                 self._block.expect(prompts.passes_left(number, tokens))
-            generation = self._execute(prompts, tokens, output, number)
+            generation = self._execute(prompts, tokens, output, number, generation.ahead)
         self.timing.total += time.perf_counter() - self._began
         self.timing.ran.append(generation.next)
         self.timing.put_back += prompts.seating.put_back if prompts.seating else 0
@@ -287,13 +288,16 @@ class Call:
             self.timing.guesses_made += prompts.guesses.made
             self.timing.guesses_kept += prompts.guesses.kept
 
-    def _execute(self, prompts: Prompts, tokens: int, output: Output, first: int) -> Generation:
+    def _execute(
+        self, prompts: Prompts, tokens: int, output: Output, first: int, ahead: WeightsAhead | None = None
+    ) -> Generation:
         offset, stage = self._elapsed(), prompts.stage
         made = output.count if isinstance(output, NewTokens) else 0
         order = self._model.order_of(len(prompts.cells))
         passes = max(-first, 0) + 1 if output.by_token else prompts.passes_left(first, tokens)
         run = range(first, first + passes)
         generation = self._generation(prompts, output, self._grid(order, prompts, len(run)), first)
+        generation.ahead = ahead or generation.ahead
         steps = self._checked(generation.steps(order), generation.idle)
         trace = execute(steps, generation.grid, generation, self._model.lanes, run)
         events = list(generation.by_cell(trace.events))
