@@ -16,13 +16,13 @@ from flexgen.layout.plan import batch_sizes
 from flexgen.layout.prefix import prefix_policy, prefix_slots, prefix_workloads, shared_tokens
 from flexgen.layout.weights import count_pieces
 from flexgen.memory.taken import run_all
-from flexgen.memory.transfer import Chains
 from flexgen.results.report import PlacesUsed, Stage
 from flexgen.results.trace import LaneName, Phase, Trace
 from flexgen.runtime.buffers import BlockBuffers, Buffers
 from flexgen.runtime.choice import Sampled
-from flexgen.runtime.executor import Work, execute
+from flexgen.runtime.executor import execute
 from flexgen.runtime.generation import Generation
+from flexgen.runtime.lane_alone import LaneAlone
 from flexgen.runtime.model import Model
 from flexgen.runtime.prefix import SharedPrefix
 from flexgen.runtime.prefix_groups import PrefixGroup
@@ -278,6 +278,7 @@ class Call:
                 if (restarted := prompts.restart(generation.following)) is not None:
                     self.timing.ran.append(number)
                     number = restarted
+                    generation.ahead = WeightsAhead()  # that of passes with other numbers
                 self._regroup(prompts, generation.following, number)
                 self._block.expect(prompts.passes_left(number, tokens))
             generation = self._execute(prompts, tokens, output, number, generation.ahead)
@@ -351,7 +352,7 @@ class Call:
         grid = replace(self._grid(normal, prompts, tokens - first), splits_attention=True)
         generation = self._generation(prompts, output, grid, first)
         grid = replace(grid, tokens=len(sampled))
-        alone = _LaneAlone(generation, lane, [token - first for token in sampled])
+        alone = LaneAlone(generation, lane, [token - first for token in sampled])
         trace = execute(self._checked(normal(grid), alone.idle), grid, alone, self._model.lanes, sampled)
         seconds = dict.fromkeys(sampled, 0.0)
         for event in trace.events:
@@ -382,23 +383,3 @@ class Call:
         if self._prompts is not None:
             self._prompts.close()
             self._prompts = None
-
-
-class _LaneAlone:
-    """The part of a generation that runs on one lane, for some of its tokens."""
-
-    can_finish = False
-
-    def __init__(self, work: Work, lane: LaneName, tokens: Sequence[int]) -> None:
-        self._work = work
-        self._lane = lane
-        self._tokens = tokens
-        self.idle = work.idle
-
-    def chains(self, step: Step) -> Chains:
-        chains = self._work.chains(step._replace(token=self._tokens[step.token]))
-        alone = (tuple(stage for stage in chain if stage.lane is self._lane) for chain in chains)
-        return tuple(chain for chain in alone if chain)
-
-    def finished(self, token: int) -> bool:
-        return False

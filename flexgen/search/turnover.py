@@ -84,7 +84,7 @@ def _simulated(
 ) -> tuple[np.ndarray, int]:
     """(4,): the figures of `Turnover`, with the sum of the tokens instead of their mean. And `Turnover.timed`."""
     answers = Workload(1, gen_len, prompts, mean_new=mean_new).answers()
-    total, kinds = np.zeros(4), dict[tuple[int, int, bool], int]()
+    total, kinds = np.zeros(4), dict[tuple[int, int, bool, bool], int]()
     for one in refilled_passes(answers, policy, Passes(width, rows=policy.prefill_rows)):
         decoding = [token for token in one.tokens if token > 0]
         total += not decoding, bool(decoding), len(decoding), sum(decoding)
