@@ -5,8 +5,8 @@
 Answers have different lengths: geometric (a mean of 13 tokens, at most 64), uniform (1 to 64) and fixed (64). Each
 row ends at its length (`max_new_tokens` per prompt). With refill, one call gets all prompts: they enter in batches
 that are free ("refill"), or in the place of each row that has ended ("places", with `prefill_rows`). Without, each
-block of 4 x 16 prompts is a call, which ends with its longest answer ("blocks"). Rows that remain in a block are still
-compacted.
+block of 4 x 16 prompts is a call, which ends with its longest answer ("blocks"). Rows that remain in a block are
+still compacted.
 
 The device is emulated, with a link of 256 MiB/s, and all weights are in host memory. The model has four layers of a
 small OPT shape with random weights in float32: a pass takes as long as the link takes for its weights. One thread
