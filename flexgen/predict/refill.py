@@ -342,7 +342,9 @@ class _PassTimes:
 
 
 def _with_loaded(steps: Numbered, works: Sequence[Costs]) -> list[Costs]:
-    """The works without the loads of weights for the first pass that a run issues before this pass."""
+    """The works without the loads for the first pass that the run before has issued: those of weights that are issued
+    one pass later, in this run, before the second pass begins."""
+    # By entry: the visit during which it is issued, its own visit and its piece.
     loads = [
         (visit, visit + ahead, piece) if op is Op.LOAD_WEIGHTS else None
         for visit, section in enumerate(steps.sections)
