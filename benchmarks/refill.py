@@ -3,8 +3,10 @@
     python benchmarks/refill.py
 
 Answers have different lengths: geometric (a mean of 13 tokens, at most 64), uniform (1 to 64) and fixed (64). Each
-row ends at its length (`max_new_tokens` per prompt). With refill, one call gets all prompts. Without, each block of
-4 x 16 prompts is a call, which ends with its longest answer. Rows that remain in a block are still compacted.
+row ends at its length (`max_new_tokens` per prompt). With refill, one call gets all prompts: they enter in batches
+that are free ("refill"), or in the place of each row that has ended ("places", with `prefill_rows`). Without, each
+block of 4 x 16 prompts is a call, which ends with its longest answer ("blocks"). Rows that remain in a block are
+still compacted.
 
 The device is emulated, with a link of 256 MiB/s, and all weights are in host memory. The model has four layers of a
 small OPT shape with random weights in float32: a pass takes as long as the link takes for its weights. One thread
@@ -68,7 +70,7 @@ def run(model: OptLM, prompts: np.ndarray, counts: list[int], at_a_time: int) ->
 def predicted(model: OptLM, counts: list[int], prompt_len: int, at_a_time: int, machine: Hardware) -> float:
     """The predicted tokens/s of calls of `at_a_time` prompts, from the mean number of new tokens."""
     workload = Workload(prompt_len, MOST, at_a_time, mean_new=float(np.mean(counts)))
-    return predict(model.spec, POLICY, machine, workload, dtype="float32").report.throughput_tokens_s
+    return predict(model.spec, model.policy, machine, workload, dtype="float32").report.throughput_tokens_s
 
 
 def main() -> None:
@@ -78,6 +80,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=512)
     parser.add_argument("--prompt-len", type=int, default=32)
     parser.add_argument("--answers", nargs="+", default=["geometric", "uniform", "fixed"])
+    parser.add_argument("--prefill-rows", type=int, default=16, help='prefill_rows of the policy of "places"')
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--predict", action="store_true", help="also predict each case")
     parser.add_argument("--no-save", action="store_true", help="print only")
@@ -87,18 +90,26 @@ def main() -> None:
     figures, ratios, predictions = {}, {}, {}
     machine = this_machine(DEVICE, None) if args.predict else None
     options = dict(device=DEVICE, dtype="float32", weights="dummy", progress=False)
-    with OptLM(OPTConfig(**SHAPE), POLICY, **options) as model:
-        model.generate(prompts[:16], 2, stop=())
+    by_place = POLICY.replace(prefill_rows=args.prefill_rows)
+    with (
+        OptLM(OPTConfig(**SHAPE), POLICY, **options) as by_batch,
+        OptLM(OPTConfig(**SHAPE), by_place, **options) as places,
+    ):
+        models = {"blocks": by_batch, "refill": by_batch, "places": places}
+        for model in (by_batch, places):
+            model.generate(prompts[:16], 2, stop=())
         for kind in args.answers:
             counts = answers(kind, args.prompts)
-            at_a_time = {"refill": args.prompts, "blocks": POLICY.block_size}
-            cases = {name: partial(run, model, prompts, counts, size) for name, size in at_a_time.items()}
+            sizes = {name: POLICY.block_size if name == "blocks" else args.prompts for name in models}
+            cases = {name: partial(run, models[name], prompts, counts, size) for name, size in sizes.items()}
             found = figures[kind] = interleaved(cases, args.repeats)
             speeds = {name: found[name]["tokens_s"]["median"] for name in cases}
-            ratios[kind] = speeds["refill"] / speeds["blocks"]
-            print(f"{kind}: {ratios[kind]:.2f} times the tokens/s of block after block")
-            for name, size in at_a_time.items() if machine else ():
-                expected = predicted(model, counts, args.prompt_len, size, machine)
+            ratios[kind] = {
+                name: speed / speeds["blocks"] for name, speed in speeds.items() if name != "blocks"
+            }
+            print(f"{kind}: tokens/s by those of block after block: {ratios[kind]}")
+            for name, size in sizes.items() if machine else ():
+                expected = predicted(models[name], counts, args.prompt_len, size, machine)
                 predictions[f"{kind}, {name}"] = compared(f"{kind}, {name}", expected, speeds[name])
             if not args.no_save:  # later cases may be interrupted
                 found_so_far = {"figures": figures, "ratios": ratios, "predicted": predictions}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flexgen.engine.text import Decoder
-from flexgen.runtime.choice import Choice, NewIds, Rows
+from flexgen.runtime.choice import Choice, NewIds, Rows, Tokens
 
 
 class EndedRows:
@@ -54,10 +54,10 @@ class DecodedTexts:
         self.when_ended: Callable[[int], object] | None = None
         """Called with each row that has ended, after its last piece."""
 
-    def choose(self, logits: Tensor, rows: Rows, token: int) -> Tensor:
+    def choose(self, logits: Tensor, rows: Rows, token: Tokens) -> Tensor:
         return self._choice.choose(logits, rows, token)
 
-    def ends(self, ids: Tensor, rows: Rows, token: int) -> Tensor:
+    def ends(self, ids: Tensor, rows: Rows, token: Tokens) -> Tensor:
         ended = torch.zeros(len(ids), dtype=torch.bool)
         if self._choice.can_end:
             ended |= self._choice.ends(ids, rows, token)

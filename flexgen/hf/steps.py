@@ -15,7 +15,7 @@ from flexgen.kernels.largest import largest
 from flexgen.kernels.workspaces import choice_rows
 from flexgen.layout.needs import Need
 from flexgen.policy import Tier
-from flexgen.runtime.choice import NewIds, Rows
+from flexgen.runtime.choice import NewIds, Rows, Tokens
 from flexgen.runtime.draws import seed_from_torch, uniforms
 from flexgen.runtime.sampler import draw_by_scores
 
@@ -136,7 +136,8 @@ class HFChoice:
         return any(type(criterion) is not MaxLengthCriteria for criterion in self._criteria)
 
     @_as_in_transformers()
-    def choose(self, logits: Tensor, rows: Rows, token: int) -> Tensor:
+    def choose(self, logits: Tensor, rows: Rows, token: Tokens) -> Tensor:
+        assert isinstance(token, int)  # the choice is not `by_logits`
         self._device = logits.device
         at_once = len(rows) if self.whole_call else max(int(choice_rows(logits.shape[1]) * _FEWER), 1)
         parts = [slice(n, n + at_once) for n in range(0, len(rows), at_once)]
@@ -155,7 +156,8 @@ class HFChoice:
         return largest(scores)
 
     @_as_in_transformers()
-    def ends(self, ids: Tensor, rows: Rows, token: int) -> Tensor:
+    def ends(self, ids: Tensor, rows: Rows, token: Tokens) -> Tensor:
+        assert isinstance(token, int)
         so_far = torch.cat([self._ids.before(rows, token), ids[:, None]], dim=1)
         if not self.whole_call:
             return self._criteria(so_far, None)

@@ -22,7 +22,7 @@ from flexgen.predict.costs import CostedBlock, StepCosts
 from flexgen.predict.job import Job
 from flexgen.predict.numbering import Numbered, numbered
 from flexgen.predict.placed import PlacedModel
-from flexgen.predict.timeline import Timeline, play_with_losses, works_of
+from flexgen.predict.timeline import Costs, Timeline, play_with_losses, works_of
 from flexgen.results.report import ByPhase, PlacesUsed, Stage
 from flexgen.results.trace import LaneName, Phase
 from flexgen.schedule.admission import between, entry_cells, gathered, regrouped, reseated
@@ -51,9 +51,9 @@ class RefilledPass:
     prompts enter in the places of single rows, it is the mean.
     live: the number of rows that get a new token. moved: the cached tokens that were copied before the pass, summed
     over rows. begins: whether a run begins with it, because the batches before it were others. cut: whether its run
-    ends with it and before the last pass of its grid, so that loads for the next pass were issued in vain. put_back:
+    ends with it and before the last pass of its grid, so that loads for the next pass have been issued. put_back:
     the number of rows that are put back to wait after it. A part of such a row that is computed again counts as a
-    prompt. alone: whether its run consists of this pass.
+    prompt. loaded: whether the run before has loaded the first weights for it (`runtime/weights_ahead.py`).
     """
 
     rows: tuple[int, ...]
@@ -64,7 +64,7 @@ class RefilledPass:
     begins: bool = True
     cut: bool = True
     put_back: int = 0
-    alone: bool = False
+    loaded: bool = False
 
     @property
     def entering(self) -> int:
@@ -72,9 +72,9 @@ class RefilledPass:
         return sum(token <= 0 for token in self.tokens)
 
     @property
-    def kind(self) -> tuple[int, int, bool]:
+    def kind(self) -> tuple[int, int, bool, bool]:
         """Passes of one kind differ in the lengths of their rows, and little in the number of rows."""
-        return len(self.tokens), self.entering, self.begins
+        return len(self.tokens), self.entering, self.begins, self.loaded
 
     @property
     def mean_token(self) -> float:
@@ -97,7 +97,7 @@ def refilled_passes(
     waiting = [list(range(n, min(n + sizes[0], len(answers)))) for n in range(seated, len(answers), sizes[0])]
     began = dict.fromkeys(range(seated), lead)
     ended = [False] * len(answers)
-    number, stage, begins, moved, entered = 0, Stage.FILL, True, 0, False
+    number, stage, begins, loaded, moved, entered = 0, Stage.FILL, True, False, 0, False
     while batches:
         first = [min(began[row] for row in batch) for batch in batches]
         origins = [min(began[row] - made[row] for row in batch) for batch in batches]
@@ -128,6 +128,7 @@ def refilled_passes(
             for begin, origin in zip(first, origins, strict=True)
         )
         put_back = [[row for row in batch if not ended[row]] for batch in put_back]
+        cut = changed and not last
         yield RefilledPass(
             tuple(map(len, batches)),
             tokens,
@@ -135,14 +136,15 @@ def refilled_passes(
             stage,
             moved=moved,
             begins=begins,
-            cut=changed and not last,
+            cut=cut,
             put_back=sum(map(len, put_back)),
+            loaded=loaded,
         )
         for rows in put_back:
             for row in rows:
                 made[row] += max(number - began.pop(row), 0)
             waiting.insert(0, sorted(rows, key=made.__getitem__))
-        moved, begins = 0, changed
+        moved, begins, loaded = 0, changed, cut
         if not changed:
             continue
         before = {frozenset(batch) for batch in batches}
@@ -164,7 +166,7 @@ def _by_place(answers: Sequence[int], policy: Policy, passes: Passes) -> Iterato
     sizes = batch_sizes(policy, len(answers))
     batches = [list(range(*ends)) for ends in pairwise(accumulate(sizes, initial=0))]
     waiting, seats = list(range(sum(sizes), len(answers))), sum(sizes)
-    new, stage, begins = [0] * len(answers), Stage.FILL, True
+    new, stage, begins, loaded = [0] * len(answers), Stage.FILL, True, False
     while any(batches):
         computed = [count > 0 for count in new]
         entry = entry_cells(batches, computed, passes.rows, passes.rows_of_cell)
@@ -174,6 +176,7 @@ def _by_place(answers: Sequence[int], policy: Policy, passes: Passes) -> Iterato
             if some := some or [row for row in batch if computed[row]]:
                 decode.append((len(batch), round(sum(new[row] for row in some) / len(some))))
         rows, tokens = zip(*between(decode, [(len(places), 0) for _, places in entry]), strict=True)
+        left = max(answers) - min(new[row] for batch in batches for row in batch)
         running = [row for some in live for row in some]
         running += [row for k, places in entry for row in batches[k][places.start : places.stop]]
         for row in running:
@@ -181,9 +184,9 @@ def _by_place(answers: Sequence[int], policy: Policy, passes: Passes) -> Iterato
         ended = [count >= most for count, most in zip(new, answers, strict=True)]
         seated = reseated(batches, ended, [count > 0 for count in new], waiting, passes.rows)
         changed = bool(entry) or seated != batches
-        cut, alone = changed and not entry, bool(entry)
-        yield RefilledPass(rows, tokens, len(running), stage, begins=begins, cut=cut, alone=alone)
-        batches, begins = seated, changed
+        cut = changed and left > 1
+        yield RefilledPass(rows, tokens, len(running), stage, begins=begins, cut=cut, loaded=loaded)
+        batches, begins, loaded = seated, changed, cut
         seats = max(seats, *(1 + row for batch in batches for row in batch), 0)
         waiting = list(range(seats, len(answers)))
         if seats > sum(sizes):
@@ -262,6 +265,9 @@ def all_stages(blocks: Sequence[RefilledBlock]) -> dict[Stage, PlacesUsed]:
     return {stage: PlacesUsed(took, in_use[stage] / took) for stage, took in seconds.items()}
 
 
+_Kind = tuple[int, int, bool, bool]
+
+
 class _PassTimes:
     """The seconds of passes. Of each kind, those with the shortest and the longest rows are timed."""
 
@@ -273,8 +279,8 @@ class _PassTimes:
         self._model = model
         self._slots = slots
         self.timed: list[tuple[int, Timeline]] = []
-        self._known: dict[tuple[int, int, bool], list[tuple[float, float, float, dict[LaneName, float]]]] = {}
-        kinds: dict[tuple[int, int, bool], list[RefilledPass]] = {}
+        self._known: dict[_Kind, list[tuple[float, float, float, dict[LaneName, float]]]] = {}
+        kinds: dict[_Kind, list[RefilledPass]] = {}
         for one in passes:
             kinds.setdefault(one.kind, []).append(one)
         for kind, some in kinds.items():
@@ -299,7 +305,7 @@ class _PassTimes:
         """The seconds of a pass, those until the steps that are issued ahead are done, and those of each lane."""
         job, batches, layers = self._job, len(one.rows), len(self._model.layers)
         # A pass that begins a run comes first; others have one before them. One after them has its weights loaded.
-        ahead = range(1) if one.alone else range(2) if one.begins else range(-1, 2)
+        ahead = range(2) if one.begins else range(-1, 2)
         begin = Passes.of(job.workload, self._policy).first  # before a row's last part, there is another one
         tokens = [tuple(max(token + n, begin) for token in one.tokens) for n in ahead]
         order = job.order_for(self._policy, batches)
@@ -308,8 +314,9 @@ class _PassTimes:
         grid = order.grid(len(tokens), layers, batches, costs.weight_pieces, self._slots, costs.feeds_ids)
         steps = numbered(order, grid)
         works = works_of(steps, costs, costs.alike)
+        played = _with_loaded(steps, works) if one.loaded else works
         losses, prefill = job.hardware.losses, _in_prefill(steps, tokens)
-        timeline = play_with_losses(steps, works, losses, prefill, job.hardware.computes_inline)
+        timeline = play_with_losses(steps, played, losses, prefill, job.hardware.computes_inline)
         self.timed.append((one.tokens[0], timeline))
         known = [0.0, *timeline.last_ends(Op.STORE_HIDDEN, layers - 1)]
         n = ahead.index(0)
@@ -321,8 +328,6 @@ class _PassTimes:
                 for chain in work:
                     for lane, seconds in chain:
                         lanes[lane] = lanes.get(lane, 0.0) + seconds
-        if one.alone:
-            return timeline.span, 0.0, lanes
         return known[n + 1] - known[n], max(rest, 0.0), lanes
 
     @cached_property
@@ -349,3 +354,17 @@ def _in_prefill(steps: Numbered, tokens: Sequence[Sequence[int]]) -> list[bool]:
         return alone[step.token] or (step.op is not Op.LOAD_WEIGHTS and tokens[step.token][step.batch] <= 0)
 
     return [step is not None and prompts(step) for step in steps.steps()]
+
+
+def _with_loaded(steps: Numbered, works: Sequence[Costs]) -> list[Costs]:
+    """The works without the loads for the first pass that the run before has issued: those of weights that are issued
+    one pass later, in this run, before the second pass begins."""
+    # By entry: the visit during which it is issued, its own visit and its piece.
+    loads = [
+        (visit, visit + ahead, piece) if op is Op.LOAD_WEIGHTS else None
+        for visit, section in enumerate(steps.sections)
+        for op, ahead, piece in section.entries
+    ]
+    layers = steps.layers
+    loaded = {(load[1] - layers, load[2]) for load in loads if load and load[0] < layers <= load[1]}
+    return [() if load and load[1:] in loaded else work for load, work in zip(loads, works, strict=True)]

@@ -16,13 +16,13 @@ from flexgen.layout.plan import batch_sizes
 from flexgen.layout.prefix import prefix_policy, prefix_slots, prefix_workloads, shared_tokens
 from flexgen.layout.weights import count_pieces
 from flexgen.memory.taken import run_all
-from flexgen.memory.transfer import Chains
 from flexgen.results.report import PlacesUsed, Stage
 from flexgen.results.trace import LaneName, Phase, Trace
 from flexgen.runtime.buffers import BlockBuffers, Buffers
 from flexgen.runtime.choice import Sampled
-from flexgen.runtime.executor import Work, execute
+from flexgen.runtime.executor import execute
 from flexgen.runtime.generation import Generation
+from flexgen.runtime.lane_alone import LaneAlone
 from flexgen.runtime.model import Model
 from flexgen.runtime.prefix import SharedPrefix
 from flexgen.runtime.prefix_groups import PrefixGroup
@@ -30,6 +30,7 @@ from flexgen.runtime.prompts import Prompts
 from flexgen.runtime.request import Request
 from flexgen.runtime.seating import Seating
 from flexgen.runtime.tokens import NewTokens, Output
+from flexgen.runtime.weights_ahead import WeightsAhead
 from flexgen.schedule.idle import Place
 from flexgen.schedule.orders import Order, normal
 from flexgen.schedule.steps import Grid, Op, Step
@@ -274,9 +275,10 @@ class Call:
                 if (restarted := prompts.restart(generation.following)) is not None:
                     self.timing.ran.append(number)
                     number = restarted
+                    generation.ahead = WeightsAhead()  # that of passes with other numbers
                 self._regroup(prompts, generation.following, number)
                 self._block.expect(prompts.passes_left(number, tokens))
-            generation = self._execute(prompts, tokens, output, number)
+            generation = self._execute(prompts, tokens, output, number, generation.ahead)
         self.timing.total += time.perf_counter() - self._began
         self.timing.ran.append(generation.next)
         self.timing.put_back += prompts.seating.put_back if prompts.seating else 0
@@ -284,13 +286,16 @@ class Call:
             self.timing.guesses_made += prompts.guesses.made
             self.timing.guesses_kept += prompts.guesses.kept
 
-    def _execute(self, prompts: Prompts, tokens: int, output: Output, first: int) -> Generation:
+    def _execute(
+        self, prompts: Prompts, tokens: int, output: Output, first: int, ahead: WeightsAhead | None = None
+    ) -> Generation:
         offset, stage = self._elapsed(), prompts.stage
         made = output.count if isinstance(output, NewTokens) else 0
         order = self._model.order_of(len(prompts.cells))
         passes = max(-first, 0) + 1 if output.by_token else prompts.passes_left(first, tokens)
         run = range(first, first + passes)
         generation = self._generation(prompts, output, self._grid(order, prompts, len(run)), first)
+        generation.ahead = ahead or generation.ahead
         steps = self._checked(generation.steps(order), generation.idle)
         trace = execute(steps, generation.grid, generation, self._model.lanes, run)
         events = list(generation.by_cell(trace.events))
@@ -344,7 +349,7 @@ class Call:
         grid = replace(self._grid(normal, prompts, tokens - first), splits_attention=True)
         generation = self._generation(prompts, output, grid, first)
         grid = replace(grid, tokens=len(sampled))
-        alone = _LaneAlone(generation, lane, [token - first for token in sampled])
+        alone = LaneAlone(generation, lane, [token - first for token in sampled])
         trace = execute(self._checked(normal(grid), alone.idle), grid, alone, self._model.lanes, sampled)
         seconds = dict.fromkeys(sampled, 0.0)
         for event in trace.events:
@@ -375,23 +380,3 @@ class Call:
         if self._prompts is not None:
             self._prompts.close()
             self._prompts = None
-
-
-class _LaneAlone:
-    """The part of a generation that runs on one lane, for some of its tokens."""
-
-    can_finish = False
-
-    def __init__(self, work: Work, lane: LaneName, tokens: Sequence[int]) -> None:
-        self._work = work
-        self._lane = lane
-        self._tokens = tokens
-        self.idle = work.idle
-
-    def chains(self, step: Step) -> Chains:
-        chains = self._work.chains(step._replace(token=self._tokens[step.token]))
-        alone = (tuple(stage for stage in chain if stage.lane is self._lane) for chain in chains)
-        return tuple(chain for chain in alone if chain)
-
-    def finished(self, token: int) -> bool:
-        return False

@@ -17,6 +17,9 @@ Rows = Sequence[int]
 """Numbers of prompts in the order of the caller. The rows of a GPU batch are in any order and change with
 compaction."""
 
+Tokens = int | Sequence[int]
+"""The number of a new token of all rows, or that of each row."""
+
 
 class Choice(Protocol):
     """Chooses the next id of each row, and the rows that end with it.
@@ -43,15 +46,15 @@ class Choice(Protocol):
         guesses made: `choose` is called for the tokens after a guess before `ends` has returned for it, and again
         with the same numbers if the guess is wrong."""
 
-    def choose(self, logits: Tensor, rows: Rows, token: int) -> Tensor:
+    def choose(self, logits: Tensor, rows: Rows, token: Tokens) -> Tensor:
         """The ids (rows,) int64 of new token `token`, counted from 0, for logits (rows, vocab); `INVALID` for a row
-        whose logits are NaN or infinite.
+        whose logits are NaN or infinite. The rows have different tokens only if the choice is `by_logits`.
 
         Both are on the compute device: the choice is part of the computation. The id of a row that has ended is not
         used. The method may write to the logits, but must not keep them.
         """
 
-    def ends(self, ids: Tensor, rows: Rows, token: int) -> Tensor:
+    def ends(self, ids: Tensor, rows: Rows, token: Tokens) -> Tensor:
         """Whether each row ends with the token, (rows,) bool.
 
         ids (rows,) int64 in host memory: the chosen ids, or the pad id for a row that has already ended.
@@ -87,13 +90,13 @@ class Sampled:
     def can_end(self) -> bool:
         return bool(len(self._stop_ids))
 
-    def choose(self, logits: Tensor, rows: Rows, token: int) -> Tensor:
+    def choose(self, logits: Tensor, rows: Rows, token: Tokens) -> Tensor:
         drawn = None
         if self._draws:
             drawn = uniforms(self._seed, [self._numbers[row] for row in rows], token, logits.device)
         return sample(logits, *self._options, uniforms=drawn)
 
-    def ends(self, ids: Tensor, rows: Rows, token: int) -> Tensor:
+    def ends(self, ids: Tensor, rows: Rows, token: Tokens) -> Tensor:
         return torch.isin(ids, self._stop_ids)
 
 
@@ -108,11 +111,11 @@ class Limited:
         self.whole_call = choice.whole_call
         self.by_logits = choice.by_logits
 
-    def choose(self, logits: Tensor, rows: Rows, token: int) -> Tensor:
+    def choose(self, logits: Tensor, rows: Rows, token: Tokens) -> Tensor:
         return self._choice.choose(logits, rows, token)
 
-    def ends(self, ids: Tensor, rows: Rows, token: int) -> Tensor:
-        ended = self._counts[list(rows)] <= token + 1
+    def ends(self, ids: Tensor, rows: Rows, token: Tokens) -> Tensor:
+        ended = self._counts[list(rows)] <= torch.as_tensor(token) + 1
         return ended | self._choice.ends(ids, rows, token) if self._choice.can_end else ended
 
 
@@ -126,21 +129,21 @@ class _ByRow:
         self.can_end = any(choice.can_end for choice in choices)
         self.by_logits = all(choice.by_logits for choice in choices)
 
-    def choose(self, logits: Tensor, rows: Rows, token: int) -> Tensor:
+    def choose(self, logits: Tensor, rows: Rows, token: Tokens) -> Tensor:
         groups = self._groups(rows)
         if len(groups) == 1:
             return groups[0][0].choose(logits, rows, token)
         ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
         for choice, places in groups:
             index = torch.tensor(places, device=logits.device)
-            ids[index] = choice.choose(logits[index], [rows[n] for n in places], token)
+            ids[index] = choice.choose(logits[index], [rows[n] for n in places], _of(token, places))
         return ids
 
-    def ends(self, ids: Tensor, rows: Rows, token: int) -> Tensor:
+    def ends(self, ids: Tensor, rows: Rows, token: Tokens) -> Tensor:
         ended = torch.zeros(len(rows), dtype=torch.bool)
         for choice, places in self._groups(rows):
             if choice.can_end:
-                ended[places] = choice.ends(ids[places], [rows[n] for n in places], token)
+                ended[places] = choice.ends(ids[places], [rows[n] for n in places], _of(token, places))
         return ended
 
     def _groups(self, rows: Rows) -> list[tuple[Choice, list[int]]]:
@@ -150,6 +153,10 @@ class _ByRow:
             choice = self._choices[row]
             groups.setdefault(id(choice), (choice, []))[1].append(place)
         return list(groups.values())
+
+
+def _of(token: Tokens, places: Sequence[int]) -> Tokens:
+    return token if isinstance(token, int) else [token[n] for n in places]
 
 
 def by_row(choices: Sequence[Choice]) -> Choice:

@@ -36,13 +36,14 @@ def philox(counter: np.ndarray, key: int) -> np.ndarray:
     return np.stack([a, b, c, d])
 
 
-def uniforms(seed: int, rows: Sequence[int], token: int, device: torch.device) -> Tensor:
+def uniforms(seed: int, rows: Sequence[int], token: int | Sequence[int], device: torch.device) -> Tensor:
     """One number per row, float64 (rows,) in [0, 1) with 53 random bits, on `device`.
 
-    seed, rows and token must be below 2**64. The host does not wait for the device.
+    token: that of all rows, or of each. seed, rows and token must be below 2**64. The host does not wait for the
+    device.
     """
     numbers = np.array(rows, dtype=np.uint64)
-    tokens = np.full_like(numbers, token)
+    tokens = np.broadcast_to(np.array(token, dtype=np.uint64), numbers.shape)
     counter = [numbers & _WORD, numbers >> _WORD_BITS, tokens & _WORD, tokens >> _WORD_BITS]
     words = philox(np.stack(counter), seed)
     bits = (words[0] << _WORD_BITS | words[1]) >> np.uint64(11)

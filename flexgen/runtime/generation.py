@@ -16,6 +16,7 @@ from flexgen.runtime.prefix import SharedPrefix
 from flexgen.runtime.prompts import Prompts
 from flexgen.runtime.recorded import RecordedCells
 from flexgen.runtime.tokens import Output
+from flexgen.runtime.weights_ahead import WeightsAhead
 from flexgen.schedule.idle import Place
 from flexgen.schedule.orders import Order
 from flexgen.schedule.steps import Grid, Op, Step, all_steps
@@ -40,8 +41,9 @@ class Generation:
         """The rows of each batch that continue after a run that has ended early, or [] if none does."""
         self.next = first + grid.tokens
         """The number of the first pass after this run."""
+        self.ahead = WeightsAhead()
+        """The weights that are loaded. A run that continues another one has those of that run."""
         self._model = model
-        self._weights = model.weights
         self._buffers = buffers
         self._prompts = prompts
         self._output = output
@@ -119,7 +121,7 @@ class Generation:
         layers, cache, head = self._model.layers, self._buffers.cache, self.grid.layers - 1
         moves_hidden = [self._buffers.activations.moves(k) for k in range(self.grid.batches)]
         for j, layer in enumerate(layers):
-            if not self._weights.layouts[j].runs:
+            if not self._model.weights.layouts[j].runs:
                 prefix = self._prefix_of(j)
                 first = int(prefix is not None and prefix.loads(j))  # the first piece brings the prefix too
                 yield from (Place(Op.LOAD_WEIGHTS, j, n) for n in range(first, self.grid.weight_pieces))
@@ -142,8 +144,11 @@ class Generation:
         """The work of a step, or () if no data must move."""
         op, i, j, k = step
         if op is Op.LOAD_WEIGHTS:
-            slot = self._weights.turns.slot(i, j)
-            chains = self._weights.chains(j, slot, k, self.grid.weight_pieces)
+            weights, number, pieces = self._model.weights, self.first + i, self.grid.weight_pieces
+            slot = weights.turns.slot(number, j)
+            if not self.ahead.add(number, j, slot, k, pieces):
+                return ()
+            chains = weights.chains(j, slot, k, pieces)
             prefix = self._prefix_of(j)
             return chains if prefix is None or k else (*chains, *prefix.load(j, slot))
         cell, last = self._cell(step), j == self.grid.layers - 1
@@ -188,7 +193,7 @@ class Generation:
         if cell is None or (cell.number, cell.layer, cell.batch) != (number, j, k):
             cell = self._prompts.cell(number, j, k, slot)
             if prefix := self._prefix_of(j):
-                cell = replace(cell, prefix=prefix.pages(j, self._weights.turns.slot(i, j)))
+                cell = replace(cell, prefix=prefix.pages(j, self._model.weights.turns.slot(number, j)))
             self._cells[slot] = cell
         return cell
 

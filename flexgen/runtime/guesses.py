@@ -12,7 +12,6 @@ The default guesses copy what followed an earlier occurrence of the newest ids (
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -241,16 +240,16 @@ class Guesses:
     def _follow(self, batch: Rows, token: int, ended: Collection[int]) -> None:
         """Fill the pass `token` of a batch."""
         passes = self._of(batch)
-        following, expected = passes.of(token), 0.0
+        following, expected, computed = passes.of(token), 0.0, list[list[int]]()
         for n, row in enumerate(batch.rows):
             so_far, new = self._ids[row][: self._lengths[row]], self.new(row)
             # The last token of a row needs no guess after it.
             most = 0 if row in ended else max(min(self.guess, self.tokens - new - 1), 0)
             guesses = list(self._propose(so_far, most))[:most] if most else []
             following.guessed[n], following.first[n] = len(guesses), new
-            padded = [int(so_far[-1]), *guesses, *[int(so_far[-1])] * (self.guess - len(guesses))]
-            following.ids[n] = torch.tensor(padded)
+            computed.append([int(so_far[-1]), *guesses, *[int(so_far[-1])] * (self.guess - len(guesses))])
             expected += self._right[row].expected(len(guesses))
+        following.ids.copy_(torch.tensor(computed))
         following.newest.copy_(following.ids[:, :1])
         # The newest id of a row is not in the cache yet. All prompts of a batch end in the same column.
         unused = batch.width + self.tokens - 1
@@ -258,12 +257,3 @@ class Guesses:
         following.lengths.copy_(torch.tensor(lengths))
         live = sum(row not in ended for row in batch.rows)
         passes.known = _Known(token, max(lengths), expected > 0 and expected >= _WORTH * live)
-
-
-def by_token(first: Sequence[int], new: int) -> dict[int, list[tuple[int, int]]]:
-    """The (row, position in the pass) of each new token, for rows whose first one has number `first` of `new`."""
-    places: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    for row, begin in enumerate(first):
-        for n in range(new):
-            places[begin + n].append((row, n))
-    return dict(sorted(places.items()))

@@ -189,9 +189,9 @@ class LayerRunner:
         return self._prompts.fed(cell.batch) if self.feeds(cell) else self._prompts.take(cell)
 
     def _weights(self, cell: BoundCell) -> Weights:
-        weights, number = self._model.weights, cell.number - self._first
-        slot = weights.turns.slot(number, cell.layer)
-        return weights.weights(cell.layer, slot, visit=(self._run, number, cell.layer))
+        weights = self._model.weights
+        slot = weights.turns.slot(cell.number, cell.layer)
+        return weights.weights(cell.layer, slot, visit=(self._run, cell.number, cell.layer))
 
     def _context(self, cell: BoundCell) -> _CellContext:
         last_only = self._output.last_only and cell.guesses is None

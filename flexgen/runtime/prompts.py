@@ -170,11 +170,11 @@ class Prompts:
     def passes_left(self, number: int, tokens: int) -> int:
         """The number of passes from `number` on until some row has all of its `tokens` new tokens.
 
-        By place, the number until all rows have, or 1 if prompts enter in the pass.
+        By place, the number until all rows have.
         """
         if self.by_place:
-            new, rows = self._new, [row for cell in self._cells for row in cell.batch.rows]
-            return 1 if self._enters else tokens - min(new[row] for row in rows)
+            new = self._new
+            return tokens - min(new[row] for cell in self._cells for row in cell.batch.rows)
         return tokens - number + min(min(batch.origins) for batch in self._batches)
 
     @property

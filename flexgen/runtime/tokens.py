@@ -18,8 +18,7 @@ from flexgen.layout.topology import Topology
 from flexgen.memory.device_errors import lane_error, named
 from flexgen.memory.transfer import Chains, bind
 from flexgen.runtime.cell import BoundCell
-from flexgen.runtime.choice import Choice, Listener, NewIds, Rows
-from flexgen.runtime.guesses import by_token
+from flexgen.runtime.choice import Choice, Listener, NewIds, Rows, Tokens
 from flexgen.runtime.prompts import Prompts
 from flexgen.runtime.sampler import INVALID
 from flexgen.schedule.admission import gathered, regrouped
@@ -101,14 +100,12 @@ class NewTokens:
         """The ids (rows, new) for logits (rows, new, vocab), chosen as if each one before were right. `first`: the
         number of the first token of each row."""
         rows = self._prompts.batch(batch).rows
-        if logits.shape[1] == 1 and len(set(first)) == 1:  # as without guesses
-            return self._choice.choose(logits[:, 0], self._named(rows), first[0]).unsqueeze(1)
-        made = torch.empty(logits.shape[:2], dtype=torch.int64, device=logits.device)
-        for token, places in by_token(first, logits.shape[1]).items():
-            index = tuple(torch.tensor(places, device=logits.device).T)
-            names = self._named([rows[row] for row, _ in places])
-            made[index] = self._choice.choose(logits[index], names, token)
-        return made
+        names, made = self._named(rows), list[Tensor]()
+        for n in range(logits.shape[1]):
+            tokens = [begin + n for begin in first]
+            same = len(set(tokens)) == 1
+            made.append(self._choice.choose(logits[:, n], names, tokens[0] if same else tokens))
+        return torch.stack(made, dim=1)
 
     def store(self, cell: BoundCell) -> Chains:
         layout = IdLayout(len(self._prompts.batch(cell.batch).rows), self._prompts.device.topology)
@@ -156,44 +153,48 @@ class NewTokens:
         own = self._prompts.batch(batch)
         first, got = self._guesses.accepted(own, token, drawn.tolist())
         kept: list[list[int]] = [[] for _ in own.rows]
-        # Token after token, so that a row that ends gets no more.
-        for number, places in by_token(first, drawn.shape[1]).items():
-            if not number:  # prompts that are not computed yet
-                continue
-            live = [(row, got[row][n]) for row, n in places if n < len(got[row])]
-            live = [(row, id) for row, id in live if not self._ended[own.rows[row]]]
+        # Position after position, so that a row that ends gets no more.
+        for n in range(drawn.shape[1]):
+            ended = self._ended[list(own.rows)].tolist()
+            # A row without a first new token is a prompt that is not computed yet.
+            live = [row for row, ids in enumerate(got) if n < len(ids) and first[row] and not ended[row]]
             if live:
-                self._accept(number, [own.rows[row] for row, _ in live], torch.tensor([id for _, id in live]))
-                for row, id in live:
-                    kept[row].append(id)
+                ids = torch.tensor([got[row][n] for row in live])
+                self._accept([first[row] + n for row in live], [own.rows[row] for row in live], ids)
+                for row in live:
+                    kept[row].append(got[row][n])
         self._guesses.advance(own, token, kept, self._rows_ended())
 
     def _rows_ended(self) -> set[int]:
         return set(self._ended.nonzero().flatten().tolist())
 
-    def _accept(self, token: int, rows: Rows, ids: Tensor) -> None:
+    def _accept(self, token: Tokens, rows: Rows, ids: Tensor) -> None:
         """Store the ids chosen for these rows as `token`. In `ids`, rows that ended before get the pad id."""
-        names = self._named(rows)
+        names, tokens = self._named(rows), torch.as_tensor(token).expand(len(rows))
         before = self._ended[rows]
         ids.masked_fill_(before, self._prompts.pad_id)
         if (ids == INVALID).any():
-            row = names[ids.tolist().index(INVALID)]
+            place = ids.tolist().index(INVALID)
             raise LaneError(
-                f"row {row} has logits that are NaN or infinite at new token {token}, so no id can be chosen. "
-                "NaN or infinite weights, or values beyond the range of float16, cause this: check the checkpoint, "
-                'or open the model with dtype="bfloat16" or "float32"'
+                f"row {names[place]} has logits that are NaN or infinite at new token {tokens[place]}, so no id can "
+                "be chosen. NaN or infinite weights, or values beyond the range of float16, cause this: check the "
+                'checkpoint, or open the model with dtype="bfloat16" or "float32"'
             )
-        self.ids[rows, token] = ids
+        self.ids[rows, tokens] = ids
         self.count += len(ids) - int(before.sum())
         ended = before
         if self._choice.can_end:
             ended = before | self._choice.ends(ids, names, token)
-        self._ended[rows] = ended | (token == self.ids.shape[1] - 1)
-        if self._listeners:
-            live = ~before
-            last = live if token == self.ids.shape[1] - 1 else live & ended
+        ended = ended | (tokens == self.ids.shape[1] - 1)
+        self._ended[rows] = ended
+        if not self._listeners:
+            return
+        for number in tokens.unique().tolist():
+            some = (tokens == number).nonzero().flatten().tolist()
+            live = ~before[some]
+            new = NewIds([names[n] for n in some], number, ids[some], live, live & ended[some])
             for listener in self._listeners:
-                listener(NewIds(names, token, ids, live, last))
+                listener(new)
 
     def following(self, number: int) -> list[list[int]] | None:
         tokens, ended, waiting = self.ids.shape[1], self._ended.tolist(), self._prompts.waiting

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from flexgen.policy import Policy, Tier
 from flexgen.predict.refill import refilled_passes
 from flexgen.results.report import Stage
 from flexgen.results.trace import Phase
-from flexgen.runtime.choice import Choice, Limited, Sampled
+from flexgen.runtime.choice import Choice, Limited, NewIds, Sampled, by_row
 from flexgen.runtime.request import read_request
 from flexgen.schedule.orders import ORDERS
 from flexgen.schedule.steps import Op
@@ -129,6 +130,38 @@ def test_the_cells_of_each_pass(device: str, tiny: Any, prompts: Any, heads: lis
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("order", sorted(ORDERS))
+def test_prompts_that_begin_when_all_others_have_ended(order: str, tiny: Any, prompts: Any) -> None:
+    """Their passes have the numbers of those before, and other weights are in the slots."""
+    model, rows = tiny(NAMES[0]), prompts(LENGTHS[:5])
+    policy = Policy(weights={"cpu": 100}, sep_layer=False)
+    with OptLM(model.directory, policy, device="emulated", order=order, progress=False) as lm:
+        for times in ([1] * 5, [2, 1, 3, 1, 2]):
+            out = completed(lm, rows, Limited(Sampled(), times))
+            np.testing.assert_array_equal(out, ended(model.greedy(rows, TOKENS), max(LENGTHS[:5]), times))
+
+
+@pytest.mark.parametrize("order", sorted(ORDERS))
+@pytest.mark.parametrize("limit", [0, 1, 3])
+def test_runs_load_the_weights_of_each_pass_once(limit: int, order: str, tiny: Any, prompts: Any) -> None:
+    """Batches change after most passes, so that a run ends and another one begins."""
+    rows, times = prompts([4] * 12), [1, 6, 2, 5, 3, 4] * 2
+    policy = Policy(gpu_batch_size=2, num_gpu_batches=3, prefill_rows=limit, weights={"cpu": 100})
+    with (
+        piece_sizes(weight_bytes=1 << 20),
+        OptLM(tiny(NAMES[0]).directory, policy, device="emulated", order=order, progress=False) as lm,
+    ):
+        lm.generate(rows, times, stop=())
+        assert lm.stats is not None
+        events = lm.stats.timing.trace.events
+    loads = Counter(event.step[1:3] for event in events if event.step.op is Op.LOAD_WEIGHTS)
+    layers, passes = ({at[n] for at in loads} for n in (1, 0))
+    computed = {event.step[1:3] for event in events if event.step.op is Op.COMPUTE}
+    last = max(number for number, _ in computed)
+    assert set(loads.values()) == {1} and passes <= set(range(last + 2))
+    assert {at for at in loads if at[0] <= last} == {at for at in computed if at[1] in layers}
+
+
 def test_samples_do_not_depend_on_the_rate(tiny: Any, prompts: Any) -> None:
     model, rows, made = tiny(NAMES[0]), prompts(LENGTHS), []
     for size, batches, limit in ((17, 1, 0), (2, 2, 1), (3, 3, 2), (4, 1, 4)):
@@ -137,6 +170,35 @@ def test_samples_do_not_depend_on_the_rate(tiny: Any, prompts: Any) -> None:
             made.append(completed(lm, rows, Sampled(1.3, seed=7)))
     for other in made[1:]:
         np.testing.assert_array_equal(other, made[0])
+
+
+def test_listeners_hear_each_token_of_each_row_in_order(tiny: Any, prompts: Any) -> None:
+    """The rows of a batch have different numbers of new tokens. Their options differ, too."""
+    model, rows = tiny(NAMES[0]), prompts(LENGTHS)
+    times = np.random.default_rng(1).integers(1, TOKENS + 1, len(rows)).tolist()
+    options = [Sampled(temperature, seed=3) for temperature in (0.0, 1.2)]
+    choice = Limited(by_row([options[row % 2] for row in range(len(rows))]), times)
+    made = []
+    for limit in (0, 3):
+        heard: list[list[int]] = [[] for _ in rows]
+        ends: list[int] = []
+
+        def listen(new: NewIds, heard: list[list[int]] = heard, ends: list[int] = ends) -> None:
+            columns = new.rows, new.ids.tolist(), new.live.tolist(), new.ended.tolist()
+            for row, id, live, ended in zip(*columns, strict=True):
+                if live:
+                    assert new.token == len(heard[row])
+                    heard[row].append(id)
+                ends.extend([row] * ended)
+
+        policy = Policy(gpu_batch_size=4, num_gpu_batches=2, prefill_rows=limit)
+        with OptLM(model.directory, policy, device="emulated", progress=False) as lm:
+            completion = Completion(read_request(lm.spec, rows), TOKENS, choice, pad=PAD)
+            out = lm.generate_with(completion, listeners=[listen])
+        assert sorted(ends) == list(range(len(rows))) and [len(ids) for ids in heard] == times
+        assert [text[max(LENGTHS) :][:time].tolist() for text, time in zip(out, times, strict=True)] == heard
+        made.append(heard)
+    assert made[0] == made[1]
 
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])

@@ -1,6 +1,7 @@
 """Predictions of blocks whose rows end early: their stages, by hand and compared with blocks of equal rows."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -32,15 +33,19 @@ def test_passes_by_hand():
     assert [one.entering for one in passes] == [2, 1, 0, 0, 0]
     assert [one.begins for one in passes] == [True, True, False, True, False]
     assert [one.cut for one in passes] == [True, False, True, False, False]
+    assert [one.loaded for one in passes] == [False, True, False, True, False]
 
 
-def test_prompts_that_enter_at_a_rate_have_runs_of_their_own():
+def test_passes_in_which_prompts_enter_at_a_rate_begin_and_end_runs():
     policy = Policy(gpu_batch_size=2, num_gpu_batches=2, prefill_rows=1, activations={"gpu": 100})
     passes = list(refilled_passes([3, 2, 4, 1, 2], policy, Passes(5, rows=1)))
     assert sum(one.live for one in passes) == 12
     assert [one.entering for one in passes[:4]] == [1] * 4 and not passes[-1].entering
-    for one in passes:
-        assert one.alone == (one.entering > 0) and not (one.put_back or one.moved)
+    for before, one in pairwise(passes):
+        assert not one.entering or (one.begins and one.cut)
+        assert one.begins or not before.cut
+        assert one.loaded == before.cut
+        assert not (one.put_back or one.moved)
 
 
 def test_rows_that_move_count_their_tokens():

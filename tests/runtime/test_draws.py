@@ -40,6 +40,12 @@ def test_a_row_has_its_number_whatever_the_others_are():
     assert uniforms(3, [], 4, CPU).shape == (0,)
 
 
+def test_rows_may_have_different_tokens():
+    rows, tokens = [17, 3, 17, 500], [4, 9, 0, 4]
+    each = [uniforms(3, [row], token, CPU) for row, token in zip(rows, tokens, strict=True)]
+    assert uniforms(3, rows, tokens, CPU).equal(torch.cat(each))
+
+
 def test_each_part_counts_in_full():
     least, most = 1, (1 << 63) + 1  # the upper word counts too
     made = [

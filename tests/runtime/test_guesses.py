@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgen.layout.cache import Span
-from flexgen.runtime.guesses import Guesses, Propose, by_token, copied
+from flexgen.runtime.guesses import Guesses, Propose, copied
 
 
 @dataclass(eq=False)
@@ -45,11 +45,6 @@ def test_copied_is_what_a_plain_search_finds(ids: list[int], count: int) -> None
             expected = ids[begin + 3 : begin + 3 + count]
             break
     assert list(copied(np.array(ids, dtype=np.int64), count)) == expected
-
-
-def test_by_token() -> None:
-    """Rows 0 and 1 are at tokens 4 and 5; a pass has two tokens of each."""
-    assert by_token([4, 5], 2) == {4: [(0, 0)], 5: [(0, 1), (1, 0)], 6: [(1, 1)]}
 
 
 def test_rows_advance_by_the_guesses_that_are_right() -> None:
