@@ -40,6 +40,14 @@ def test_only_the_latest_pass_and_the_same_slot_count() -> None:
     assert ahead.add(5, layer=1, slot=0, piece=0, pieces=2)
 
 
+def test_a_slot_has_one_layer() -> None:
+    ahead = WeightsAhead()
+    assert ahead.add(5, layer=1, slot=0, piece=0, pieces=1)
+    assert ahead.add(5, layer=2, slot=0, piece=1, pieces=2), "it overwrites the end of layer 1"
+    assert ahead.add(5, layer=1, slot=0, piece=0, pieces=1)
+    assert not ahead.add(5, layer=1, slot=0, piece=0, pieces=1)
+
+
 def test_pieces_in_another_order_are_loaded_again() -> None:
     ahead = WeightsAhead()
     assert ahead.add(0, 1, 0, piece=1, pieces=3)
