@@ -144,7 +144,10 @@ def refilled_passes(
             for row in rows:
                 made[row] += max(number - began.pop(row), 0)
             waiting.insert(0, sorted(rows, key=made.__getitem__))
-        moved, begins, loaded = 0, changed, cut
+        # If only prompts that waited are left, they begin with passes of their own numbers (`Prompts.restart`).
+        here = {row for batch in batches for row in batch}
+        loaded = cut and any(row in here for batch in following for row in batch)
+        moved, begins = 0, changed
         if not changed:
             continue
         before = {frozenset(batch) for batch in batches}

@@ -36,6 +36,14 @@ def test_passes_by_hand():
     assert [one.loaded for one in passes] == [False, True, False, True, False]
 
 
+def test_prompts_that_begin_when_all_others_have_ended_load_all_weights():
+    """The weights of their first pass are in other slots: runs begin again with its number."""
+    passes = list(refilled_passes([2, 1, 3], Policy(), Passes(5)))
+    assert [one.tokens for one in passes] == [(0,), (1,), (0,), (0,), (1,), (2,)]
+    assert [one.cut for one in passes] == [False, True, True, False, False, False]
+    assert not any(one.loaded for one in passes)
+
+
 def test_passes_in_which_prompts_enter_at_a_rate_begin_and_end_runs():
     policy = Policy(gpu_batch_size=2, num_gpu_batches=2, prefill_rows=1, activations={"gpu": 100})
     passes = list(refilled_passes([3, 2, 4, 1, 2], policy, Passes(5, rows=1)))
