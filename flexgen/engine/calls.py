@@ -108,7 +108,9 @@ class CallPlans:
 
         if self.auto is not None and not self.auto.once:
             chosen = self.auto.for_call(workloads[0], lambda policy: not plan(policy).shortage(limits))
-            chosen = replace(chosen, policy=largest_fitting(plan, chosen.policy, limits) or chosen.policy)
+            # Whole prompts, or whole batches of them, may need more memory than the policy that was found.
+            fitting = largest_fitting(plan, wanted.policy(chosen.policy), limits)
+            chosen = replace(chosen, policy=fitting or chosen.policy)
         policy = wanted.policy(chosen.policy)
         if not wanted.whole_prompts:
             longest = max(workload.prompt_len for workload in workloads)

@@ -232,6 +232,21 @@ def test_a_call_that_does_not_fit_takes_fewer_prompts_at_once(monkeypatch):
             model.generate(ids, 6, stop=())
 
 
+def test_whole_batches_of_prompts_may_need_smaller_batches_than_prompts_that_enter_at_a_rate(monkeypatch):
+    ids, fixed = prompts(8, 40), {"gpu_batch_size": 8, "num_gpu_batches": 1, "prefill_rows": 1}
+    with opened(
+        Auto(fixed | {"activations": {"gpu": 100}, "cache": {"cpu": 100}}), device="emulated"
+    ) as model:
+        plan = model._plans._plan_of(Workload(40, 6, 8))
+        most = plan(model.policy).on(Tier.GPU)
+        assert plan(model.policy.replace(prefill_rows=0, prefill_chunk=32)).on(Tier.GPU) > most
+        limits = {Tier.GPU: most, Tier.CPU: None, Tier.DISK: None}
+        monkeypatch.setattr(type(model._machine), "limits", lambda self: limits)
+        assert all(model.lane_seconds(ids, 6).values())  # it times whole batches
+        model.generate(ids, 6, stop=())
+        assert model.stats.policy == model.policy
+
+
 def test_a_call_in_one_block_takes_smaller_batches_where_it_must(monkeypatch):
     ids = prompts(8, 40)
     given = Auto({"gpu_batch_size": 8, "num_gpu_batches": 1, "cache": {"cpu": 100}})
