@@ -189,9 +189,8 @@ class _Block:
         for rows in self._batches:
             needs += cache[rows].homes(pooled=pool is not None)
             needs += self._hidden(rows).homes(self.passes.cells(rows)[0].new)
-        if entering := min(
-            self.passes.rows, sum(self._batches)
-        ):  # in cells of their own, of one or more prompts
+        if entering := min(self.passes.rows, sum(self._batches)):
+            # The prompts of all cells of a pass. A policy with `prefill_rows` keeps their rows on the device.
             (hidden,) = self._hidden(1).homes(self.passes.width)
             needs.append(replace(hidden, nbytes=entering * hidden.nbytes))
         # All batches use the same slots: each slot is as large as the largest batch needs.

@@ -136,14 +136,14 @@ class _ByRow:
         ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
         for choice, places in groups:
             index = torch.tensor(places, device=logits.device)
-            ids[index] = choice.choose(logits[index], [rows[n] for n in places], _of(token, places))
+            ids[index] = choice.choose(logits[index], [rows[n] for n in places], _tokens_at(places, token))
         return ids
 
     def ends(self, ids: Tensor, rows: Rows, token: Tokens) -> Tensor:
         ended = torch.zeros(len(rows), dtype=torch.bool)
         for choice, places in self._groups(rows):
             if choice.can_end:
-                ended[places] = choice.ends(ids[places], [rows[n] for n in places], _of(token, places))
+                ended[places] = choice.ends(ids[places], [rows[n] for n in places], _tokens_at(places, token))
         return ended
 
     def _groups(self, rows: Rows) -> list[tuple[Choice, list[int]]]:
@@ -155,7 +155,8 @@ class _ByRow:
         return list(groups.values())
 
 
-def _of(token: Tokens, places: Sequence[int]) -> Tokens:
+def _tokens_at(places: Sequence[int], token: Tokens) -> Tokens:
+    """`token` of the rows in these places."""
     return token if isinstance(token, int) else [token[n] for n in places]
 
 
