@@ -35,12 +35,8 @@ class Tape:
 
     def __init__(self, calls: object, tensors: list[Tensor]) -> None:
         self.calls = calls
-        self._tensors = tensors
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensors that were allocated while it was recorded."""
-        return sum(x.nbytes for x in self._tensors)
+        self.tensors = tensors
+        """The results of the calls."""
 
 
 def replay(tapes: Sequence[Tape], later: int) -> list[float]:
@@ -71,16 +67,17 @@ def profiled() -> Iterator[list[list[tuple[str, float]]]]:
         _profile = None
 
 
-def record(work: Callable[[], _Result]) -> tuple[_Result, Tape | None]:
+def record(work: Callable[[], _Result], spare: Sequence[Tensor] = ()) -> tuple[_Result, Tape | None]:
     """The result of `work`, and a tape that repeats it.
 
     The tape is None if `work` also uses operations of torch, or kernels that cannot be recorded. Views and new
     tensors are no such operations. `work` must not depend on values of tensors, and the caller keeps its inputs at
-    their addresses.
+    their addresses. spare: tensors, of other tapes for example, that `work` may overwrite: it gets them instead of
+    new ones of the same shape.
     """
     if not native_available():
         return work(), None
-    watch = _Watch()
+    watch = _Watch(spare)
     native.record()
     try:
         with watch:
@@ -92,11 +89,12 @@ def record(work: Callable[[], _Result]) -> tuple[_Result, Tape | None]:
 
 
 class _Watch(TorchDispatchMode):
-    """Keeps the tensors that torch allocates. `others`: the operations of torch that are neither allocations nor
-    views."""
+    """Keeps the tensors that torch allocates, or that are used instead. `others`: the operations of torch that are
+    neither allocations nor views."""
 
-    def __init__(self) -> None:
+    def __init__(self, spare: Sequence[Tensor]) -> None:
         super().__init__()
+        self._spare = list(spare)
         self.allocated: list[Tensor] = []
         self.others: list[Any] = []
 
@@ -110,7 +108,15 @@ class _Watch(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in _ALLOCATIONS:
+            result = self._instead_of(result)
             self.allocated.append(result)
         elif not func.is_view:
             self.others.append(func)
         return result
+
+    def _instead_of(self, new: Tensor) -> Tensor:
+        """A spare tensor of the same kind, or `new` if there is none."""
+        for n, spare in enumerate(self._spare):
+            if (spare.shape, spare.stride(), spare.dtype) == (new.shape, new.stride(), new.dtype):
+                return self._spare.pop(n)
+        return new

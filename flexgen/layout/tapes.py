@@ -23,9 +23,8 @@ from flexgen.units import MIB
 
 MIN_TOKENS = 3
 """A run of more than this number of tokens is recorded: to record a cell takes longer than to compute it."""
-MOST_BYTES = 4 * MIB
-"""Bytes of temporaries that the tapes of a block keep. Further cells are computed without tapes: with many rows, the
-code between the kernels takes a small part of the time."""
+MOST_BYTES = 8 * MIB
+"""Bytes of temporaries that the tapes of a block keep. Further cells are computed without tapes."""
 
 _HALVES = torch.bfloat16, torch.float16
 _GATES = "silu", "swish"
@@ -75,6 +74,13 @@ def _gated(mlp: MLPSpec | MixtureSpec) -> bool:
 
 def _rms(norm: NormSpec | None) -> bool:
     return norm is None or norm.kind == "rms"
+
+
+def kept_bytes(layers: Sequence[Layer], rows: int, dtype: torch.dtype) -> int:
+    """An estimate of the bytes that the tapes of a batch's decode cells keep. Equal layers share their memory with
+    every other one."""
+    kinds = {(index % 2, temporary_bytes(layer, rows, dtype)) for index, layer in enumerate(layers)}
+    return sum(nbytes for _, nbytes in kinds)
 
 
 def temporary_bytes(layer: Layer, rows: int, dtype: torch.dtype) -> int:

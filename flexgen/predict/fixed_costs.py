@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from flexgen.layout.hidden import hidden_layout
 from flexgen.layout.passes import Passes
-from flexgen.layout.tapes import MIN_TOKENS, MOST_BYTES, recordable, temporary_bytes
+from flexgen.layout.tapes import MIN_TOKENS, MOST_BYTES, kept_bytes, recordable
 from flexgen.policy import Policy
 from flexgen.predict.placed import PlacedModel
 from flexgen.workload import Workload
@@ -36,7 +36,7 @@ class FixedCosts:
             return
         layers = recordable(model.layers, model.placement, policy, passes, topology)
         dtype = model.placement.dtype
-        nbytes = sum(temporary_bytes(model.layers[j], rows, dtype) for j in layers for rows in sizes)
+        nbytes = sum(kept_bytes([model.layers[j] for j in layers], rows, dtype) for rows in sizes)
         share = min(MOST_BYTES / nbytes, 1.0) if nbytes else 0.0
         kinds = model.alike.cells
         for kind in set(kinds):

@@ -3,7 +3,8 @@
 All layers share the data of the pass. The rotary factors have buffers, because a tape reads the same addresses for
 each pass, and so have the lengths of rows, which differ with guesses. A pass with guesses has other tapes than one
 without. The hidden states between two layers stay where the tape of the first layer writes them. So if no data
-moves between consecutive cells, one call replays all of them, up to the logits.
+moves between consecutive cells, one call replays all of them, up to the logits. The results within a layer are in the
+memory of the layer before the previous one, so that they stay in a cache.
 """
 
 from __future__ import annotations
@@ -65,13 +66,17 @@ class _Factors:
 class _Pass:
     """The data of a batch in pass `number` at fixed addresses: its rotary factors, and the result of the layer that
     was recorded last. `length`: the cached tokens of its rows. With guesses, also `lengths` (2, rows): the tokens of
-    each row before and after the pass."""
+    each row before and after the pass.
+
+    `tensors`: the results of the tapes of even and of odd layers. A layer reads the result of the other kind, and
+    overwrites those of its own."""
 
     factors: dict[tuple[RopeSpec, torch.dtype], _Factors] = field(default_factory=dict)
     number: int | None = None
     length: int = 0
     y: Tensor | None = None
     lengths: Tensor | None = None
+    tensors: tuple[list[Tensor], list[Tensor]] = field(default_factory=lambda: ([], []))
 
     def fill(self, cell: BoundCell, context: Context) -> None:
         """Fill the buffers for the cell, unless another layer has already done it."""
@@ -183,7 +188,7 @@ class RecordedCells:
     def compute(self, cell: BoundCell, context: Context, x: Tensor, weights: Weights) -> Tensor:
         """The layer's result, from hidden states x (rows, new, hidden). Part of the cell's computation.
 
-        The layer of the next pass overwrites the result. context: the context of the cell without tapes.
+        The layer after the next one overwrites the result. context: the context of the cell without tapes.
         """
         if _key(cell) in self._recorded:
             return self.replay(cell, range(cell.layer, cell.layer + 1), context, x)[0]
@@ -222,10 +227,15 @@ class RecordedCells:
 
     def _record(self, cell: BoundCell, context: _Recording, x: Tensor, weights: Weights) -> Tensor:
         layer = self._layers[cell.layer]
-        y, tape = record(partial(layer.forward, x, weights, context))
+        tensors = context.data.tensors[cell.layer % 2]
+        y, tape = record(partial(layer.forward, x, weights, context), tensors)
         kept = None
-        if tape is not None and self._nbytes + tape.nbytes <= MOST_BYTES:
-            self._nbytes += tape.nbytes
+        if tape is not None:
+            new = [own for own in tape.tensors if not any(own is other for other in tensors)]
+            nbytes = sum(own.nbytes for own in new)
+        if tape is not None and self._nbytes + nbytes <= MOST_BYTES:
+            self._nbytes += nbytes
+            tensors += new
             kept = _Recorded(tape, cell.span.length, cell.guesses is not None, x, y)
         self._recorded[_key(cell)] = kept
         return y

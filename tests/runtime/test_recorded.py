@@ -172,9 +172,27 @@ def test_other_cells_are_computed_kernel_by_kernel(replays, monkeypatch, options
 
 def test_tapes_keep_a_limited_amount_of_memory(replays, monkeypatch):
     expected = without_tapes(monkeypatch, PROMPTS[:1])
-    monkeypatch.setattr(recorded, "MOST_BYTES", 4 * 1024)
+    monkeypatch.setattr(recorded, "MOST_BYTES", 1024)
     assert generated(PROMPTS[:1]) == expected
     assert 0 < len(replays) < (NEW - 2) * 7
+
+
+def test_further_layers_need_no_further_memory(monkeypatch):
+    def kept(layers):
+        """Bytes of the results of all tapes."""
+        results, record = {}, recorded.record
+
+        def watched(*args):
+            y, tape = record(*args)
+            results.update((tensor.data_ptr(), (tensor.nbytes, tape)) for tensor in tape.tensors)
+            return y, tape
+
+        with monkeypatch.context() as patch:
+            patch.setattr(recorded, "record", watched)
+            generated(PROMPTS[:1], config=LlamaConfig(**LLAMA.to_dict() | {"num_hidden_layers": layers}))
+        return sum(nbytes for nbytes, _ in results.values())
+
+    assert kept(5) == kept(2) > 0
 
 
 def test_threads_may_change_between_calls(replays):
