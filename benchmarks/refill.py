@@ -10,7 +10,8 @@ still compacted.
 
 The device is emulated, with a link of 256 MiB/s, and all weights are in host memory. The model has four layers of a
 small OPT shape with random weights in float32: a pass takes as long as the link takes for its weights. One thread
-computes, so that another core is free for the copies of the link.
+computes, so that another core is free for the copies of the link. Layers are whole in all cases (`sep_layer=False`):
+the load of a whole layer takes longer than the end of a pass, at which the cells of the next one are chosen.
 
 With --predict, the result also has the predicted tokens/s of each case, from the mean length of its answers alone
 (`Workload.mean_new`). The machine is measured first if its figures are not known.
@@ -37,7 +38,7 @@ SHAPE = dict(
     word_embed_proj_dim=256, max_position_embeddings=128,
 )  # fmt: skip
 DEVICE = "emulated:link=256MiB"
-POLICY = Policy(gpu_batch_size=16, num_gpu_batches=4, weights={"cpu": 100})
+POLICY = Policy(gpu_batch_size=16, num_gpu_batches=4, weights={"cpu": 100}, sep_layer=False)
 MOST = 64
 MEAN = 13
 

@@ -16,6 +16,10 @@ from typing import NamedTuple
 
 from flexgen.schedule.steps import Grid, Op, Step, needs
 
+_KEPT = 16
+"""The number of grids whose needs are kept. While prompts enter in cells of their own, almost every run has another
+number of cells than the one before. To compute the needs again takes milliseconds of a pass."""
+
 
 class Place(NamedTuple):
     """A step in every pass: its op, its layer, and its batch (or piece)."""
@@ -83,4 +87,4 @@ def busy_steps(grid: Grid, idle: frozenset[Place]) -> BusySteps:
     return _kept(replace(grid, tokens=1), idle)
 
 
-_kept = lru_cache(maxsize=8)(BusySteps)
+_kept = lru_cache(maxsize=_KEPT)(BusySteps)

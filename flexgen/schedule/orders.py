@@ -102,11 +102,19 @@ def order(
 
 
 def arriving_weights(grid: Grid) -> Iterator[list[Step]]:
-    """For each cell, the weights to issue with it: those with a free slot, spread over the batches."""
-    for visits in grid.turns.arrivals(grid.tokens):
-        visit_of = (divmod(number, grid.layers) for number in visits)
+    """For each cell, the weights to issue with it: those with a free slot, spread over the batches.
+
+    In the first layer, all of them come with the last batch. Its ids may use the same lane, and no batch has anything
+    else to compute until they are there.
+    """
+    for number, visits in enumerate(grid.turns.arrivals(grid.tokens)):
+        visit_of = (divmod(other, grid.layers) for other in visits)
         steps = [Step(Op.LOAD_WEIGHTS, *visit, n) for visit in visit_of for n in range(grid.weight_pieces)]
-        yield from _spread(steps, grid.batches)
+        if number % grid.layers == 0:
+            yield from (list[Step]() for _ in range(grid.batches - 1))
+            yield steps
+        else:
+            yield from _spread(steps, grid.batches)
 
 
 def _spread(steps: list[Step], batches: int) -> list[list[Step]]:

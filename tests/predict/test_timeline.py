@@ -116,14 +116,14 @@ def inline_and_not(name, grid, by_op):
 
 
 def test_a_load_that_is_issued_after_a_computation_waits_for_it_if_the_same_thread_does_both():
-    """The weights of the last layer, which has a slot of its own, are issued with the second batch of the first."""
+    """The weights of the other layers have slots of their own. They are issued with the second batch of the first."""
     grid = Grid(tokens=1, layers=3, batches=2, weight_pieces=2)
     both = inline_and_not("overlap_multi_batch", grid, {Op.LOAD_WEIGHTS: 1.0, Op.COMPUTE: 3.0})
     inline, other = ({e.step: e.start for e in timeline.events} for timeline in both)
     assert inline[Step(Op.COMPUTE, 0, 0, 0)] == other[Step(Op.COMPUTE, 0, 0, 0)] == 2.0
-    pieces = [Step(Op.LOAD_WEIGHTS, 0, 2, piece) for piece in range(2)]
-    assert [other[piece] for piece in pieces] == [4.0, 5.0]
-    assert [inline[piece] for piece in pieces] == [5.0, 6.0]
+    pieces = [Step(Op.LOAD_WEIGHTS, 0, layer, piece) for layer in (1, 2) for piece in range(2)]
+    assert [other[piece] for piece in pieces] == [2.0, 3.0, 4.0, 5.0]
+    assert [inline[piece] for piece in pieces] == [5.0, 6.0, 7.0, 8.0]
 
 
 @given(grid=grids, name=st.sampled_from(sorted(ORDERS)), weights=seconds, compute=seconds, store=seconds)

@@ -90,3 +90,9 @@ def test_who_needs_an_included_computation_waits_for_the_one_that_includes_it(la
     for step in all_steps(grid):
         if place(step) not in idle and including(step) == step:
             assert set(after.needs(step)) == {including(other) for other in before.needs(step)}
+
+
+def test_the_needs_of_runs_with_different_numbers_of_cells_are_kept():
+    grids = [Grid(tokens=1, layers=3, batches=cells) for cells in range(1, 17)]
+    made = [busy_steps(grid, frozenset()) for grid in grids]
+    assert all(busy_steps(grid, frozenset()) is busy for grid, busy in zip(grids, made, strict=True))
