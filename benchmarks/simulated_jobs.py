@@ -4,7 +4,7 @@
 
 For each job and machine, it searches for a policy twice: for whole prompts in blocks that run one after another
 (`share_prefix = false`, and a call for each block), and for the job with its shared prefix, in which prompts enter
-when rows end. `gain` is the ratio of the two throughputs. Rows with `codecs` may use them in both. Nothing is
+when rows end. `gain` is the ratio of the two times. Rows with `codecs` may use them in both. Nothing is
 measured, so the figures are the same on any machine.
 """
 
@@ -23,7 +23,7 @@ from flexgen.models import open_model
 from flexgen.policy import Auto
 from flexgen.predict.hardware import Hardware
 from flexgen.predict.job import Job
-from flexgen.search.effort import QUICK
+from flexgen.search.effort import THOROUGH
 from flexgen.search.find import find_for_job
 from flexgen.workload import Workload
 
@@ -62,11 +62,11 @@ CASES = [
 
 
 def simulated(case: Case, workload: Workload) -> dict[str, Any]:
-    """The best policy of a quick search, and its speed; or why none fits."""
+    """The best policy of a search, and its speed; or why none fits."""
     spec, _ = open_model(case.model, "dummy")
     try:
         job = Job.checked(spec, Hardware.preset(case.machine), workload)
-        best = find_for_job(job, Auto(case.fixed, case.lossy), top=1, effort=QUICK).best
+        best = find_for_job(job, Auto(case.fixed, case.lossy), top=1, effort=THOROUGH).best
     except CapacityError as error:
         return {"refused": str(error)}
     report = best.prediction.report

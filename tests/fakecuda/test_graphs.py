@@ -91,6 +91,7 @@ class Forced:
     """Chooses each id by its row and token, so that texts differ, and keeps the logits. `last`: of rows that end."""
 
     whole_call = False
+    by_logits = False
 
     def __init__(self, last=()):
         self.last = dict(last)
