@@ -76,10 +76,13 @@ def _rms(norm: NormSpec | None) -> bool:
     return norm is None or norm.kind == "rms"
 
 
-def kept_bytes(layers: Sequence[Layer], rows: int, dtype: torch.dtype) -> int:
-    """An estimate of the bytes that the tapes of a batch's decode cells keep. Equal layers share their memory with
-    every other one."""
-    kinds = {(index % 2, temporary_bytes(layer, rows, dtype)) for index, layer in enumerate(layers)}
+def kept_bytes(layers: Sequence[Layer], numbers: Sequence[int], rows: int, dtype: torch.dtype) -> int:
+    """An estimate of the bytes that the tapes of a batch's decode cells keep. Equal layers share the memory of their
+    results with every other one.
+
+    numbers: those of the layers that have tapes.
+    """
+    kinds = {(j % 2, temporary_bytes(layers[j], rows, dtype)) for j in numbers}
     return sum(nbytes for _, nbytes in kinds)
 
 

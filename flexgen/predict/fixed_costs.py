@@ -36,7 +36,7 @@ class FixedCosts:
             return
         layers = recordable(model.layers, model.placement, policy, passes, topology)
         dtype = model.placement.dtype
-        nbytes = sum(kept_bytes([model.layers[j] for j in layers], rows, dtype) for rows in sizes)
+        nbytes = sum(kept_bytes(model.layers, layers, rows, dtype) for rows in sizes)
         share = min(MOST_BYTES / nbytes, 1.0) if nbytes else 0.0
         kinds = model.alike.cells
         for kind in set(kinds):

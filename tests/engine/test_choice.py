@@ -28,6 +28,7 @@ class Best:
     """The best id, as in `generate`, for rows whose ids so far are those passed to the choice."""
 
     can_end = True
+    by_logits = False
 
     def __init__(self, prompts: Sequence[Sequence[int]], whole_call: bool = False) -> None:
         self.whole_call = whole_call

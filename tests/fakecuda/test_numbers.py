@@ -158,6 +158,7 @@ class _Best:
     """The best id, for all rows of the call at once or batch by batch; ids that 7 divides end a row."""
 
     can_end = True
+    by_logits = False
 
     def __init__(self, whole_call):
         self.whole_call = whole_call

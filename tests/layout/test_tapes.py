@@ -8,7 +8,7 @@ from flexgen import OptLM, Policy
 from flexgen.kernels.loading import native_available
 from flexgen.layout.passes import Passes
 from flexgen.layout.placement import place_weights
-from flexgen.layout.tapes import recordable, temporary_bytes
+from flexgen.layout.tapes import kept_bytes, recordable
 from flexgen.layout.topology import SHARED
 from flexgen.models import build_layers, open_model
 from flexgen.runtime.recorded import RecordedCells
@@ -80,8 +80,9 @@ def test_the_cells_are_those_of_the_runtime(recorded, name, changes, dtype, tmp_
     assert {(j, k) for j, k, _ in recorded.get("cells", ())} == expected
     if policy.guess:
         return  # passes with and without guesses have tapes of their own
-    nbytes = sum(temporary_bytes(layers[j], 2, placement.dtype) for j, _ in expected)
-    assert not expected or recorded["bytes"] == pytest.approx(nbytes, rel=0.25)
+    nbytes = policy.num_gpu_batches * kept_bytes(layers, found, 2, placement.dtype)
+    # Results of the same shape are shared by layers of different kinds, too.
+    assert not expected or 0.7 * nbytes <= recorded["bytes"] <= 1.25 * nbytes
 
 
 def test_cells_with_a_shared_prefix_are_not_repeated():
