@@ -233,10 +233,10 @@ class RecordedCells:
         if tape is not None:
             new = [own for own in tape.tensors if not any(own is other for other in tensors)]
             nbytes = sum(own.nbytes for own in new)
-        if tape is not None and self._nbytes + nbytes <= MOST_BYTES:
-            self._nbytes += nbytes
-            tensors += new
-            kept = _Recorded(tape, cell.span.length, cell.guesses is not None, x, y)
+            if self._nbytes + nbytes <= MOST_BYTES:
+                self._nbytes += nbytes
+                tensors += new
+                kept = _Recorded(tape, cell.span.length, cell.guesses is not None, x, y)
         self._recorded[_key(cell)] = kept
         return y
 
