@@ -12,6 +12,7 @@ The device is emulated, with a link of 256 MiB/s, and all weights are in host me
 small OPT shape with random weights in float32: a pass takes as long as the link takes for its weights. One thread
 computes, so that another core is free for the copies of the link. Layers are whole in all cases (`sep_layer=False`):
 the load of a whole layer takes longer than the end of a pass, at which the cells of the next one are chosen.
+`link_share` is the part of the time in which the link copies: the rest is lost at the ends of passes and runs.
 
 With --predict, the result also has the predicted tokens/s of each case, from the mean length of its answers alone
 (`Workload.mean_new`). The machine is measured first if its figures are not known.
@@ -31,6 +32,7 @@ from flexgen import OptLM, Policy
 from flexgen.engine.auto import this_machine
 from flexgen.predict.hardware import Hardware
 from flexgen.predict.prediction import predict
+from flexgen.results.trace import LaneName
 from flexgen.workload import Workload
 
 SHAPE = dict(
@@ -56,7 +58,7 @@ def answers(kind: str, prompts: int) -> list[int]:
 
 
 def run(model: OptLM, prompts: np.ndarray, counts: list[int], at_a_time: int) -> dict[str, float]:
-    seconds, passes, new_tokens = 0.0, 0, 0
+    seconds, passes, new_tokens, link = 0.0, 0, 0, 0.0
     for first in range(0, len(prompts), at_a_time):
         some = slice(first, first + at_a_time)
         model.generate(prompts[some], counts[some], stop=())
@@ -64,8 +66,14 @@ def run(model: OptLM, prompts: np.ndarray, counts: list[int], at_a_time: int) ->
         seconds += model.stats.timing.total
         passes += sum(model.stats.timing.ran)
         new_tokens += model.stats.new_tokens
+        link += model.stats.timing.trace.busy()[LaneName.TO_DEVICE]
     assert new_tokens == sum(counts)
-    return {"tokens_s": new_tokens / seconds, "seconds": seconds, "passes": passes}
+    return {
+        "tokens_s": new_tokens / seconds,
+        "seconds": seconds,
+        "passes": passes,
+        "link_share": link / seconds,
+    }
 
 
 def predicted(model: OptLM, counts: list[int], prompt_len: int, at_a_time: int, machine: Hardware) -> float:
