@@ -129,5 +129,7 @@ class BoundCell:
         positions = None
         if scoring.window is not None or scoring.slopes:
             lengths = self.span.length if self.guesses is None else self.guesses.lengths[rows]
-            positions = self.prefix.length + lengths + done - self.padding.on_device[rows]
+            # Lengths of rows are in host memory.
+            starts = self.padding.on_device if self.guesses is None else self.padding.on_host
+            positions = self.prefix.length + lengths + done - starts[rows]
         return self.prefix.attend(q, scoring, positions)

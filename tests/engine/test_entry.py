@@ -64,6 +64,25 @@ def test_ids_are_those_of_transformers(order: str, split: Any, device: str, tiny
         assert lm.stats is not None and lm.stats.new_tokens == sum(times)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("attend_on", ["cpu", "gpu"])
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_a_shared_prefix_and_windows(
+    split: Any, attend_on: Any, device: str, tiny: Any, prompts: Any
+) -> None:
+    """Rows of different lengths attend to different positions of the prefix in a layer with a window."""
+    model, (shared,) = tiny(NAMES[1]), prompts([34])
+    rows = [[*shared, *own] for own in prompts(LENGTHS)]
+    policy = Policy(
+        gpu_batch_size=4, num_gpu_batches=2, weights={"gpu": 100}, cache=split, prefill_rows=1, attend_on=attend_on,
+    )  # fmt: skip
+    times = np.random.default_rng(2).integers(1, TOKENS + 1, len(rows)).tolist()
+    with OptLM(model.directory, policy, device=device, dtype="float32", progress=False) as lm:
+        out = completed(lm, rows, Limited(Sampled(), times))
+        np.testing.assert_array_equal(out, ended(model.greedy(rows, TOKENS), 34 + max(LENGTHS), times))
+        assert lm.stats is not None and lm.stats.prefix == 34
+
+
 @settings(max_examples=60)
 @given(
     data=st.data(),
