@@ -25,7 +25,7 @@ from flexgen.predict.placed import PlacedModel
 from flexgen.predict.timeline import Costs, Timeline, play_with_losses, works_of
 from flexgen.results.report import ByPhase, PlacesUsed, Stage
 from flexgen.results.trace import LaneName, Phase
-from flexgen.schedule.admission import between, entry_cells, gathered, regrouped, reseated
+from flexgen.schedule.admission import between, closed_up, entry_cells, gathered, movers, regrouped, reseated
 from flexgen.schedule.orders import Slots
 from flexgen.schedule.seats import Seats
 from flexgen.schedule.steps import Op, Step
@@ -169,15 +169,18 @@ def _by_place(answers: Sequence[int], policy: Policy, passes: Passes) -> Iterato
     sizes = batch_sizes(policy, len(answers))
     batches = [list(range(*ends)) for ends in pairwise(accumulate(sizes, initial=0))]
     waiting, seats = list(range(sum(sizes), len(answers))), sum(sizes)
-    new, stage, begins, loaded = [0] * len(answers), Stage.FILL, True, False
+    new, stage, begins, loaded, copied = [0] * len(answers), Stage.FILL, True, False, 0
     while any(batches):
         computed = [count > 0 for count in new]
-        entry = entry_cells(batches, computed, passes.rows, passes.rows_of_cell)
+        entry = entry_cells(
+            batches, computed, passes.rows, lambda rows: passes.together([passes.width] * len(rows))
+        )
         live = [[row for row in batch if computed[row] and new[row] < answers[row]] for batch in batches]
         decode = []
         for batch, some in zip(batches, live, strict=True):
             if some := some or [row for row in batch if computed[row]]:
-                decode.append((len(batch), round(sum(new[row] for row in some) / len(some))))
+                count = len(some) if passes.closes_up else len(batch)
+                decode.append((count, round(sum(new[row] for row in some) / len(some))))
         rows, tokens = zip(*between(decode, [(len(places), 0) for _, places in entry]), strict=True)
         left = max(answers) - min(new[row] for batch in batches for row in batch)
         running = [row for some in live for row in some]
@@ -185,10 +188,12 @@ def _by_place(answers: Sequence[int], policy: Policy, passes: Passes) -> Iterato
         for row in running:
             new[row] += 1
         ended = [count >= most for count, most in zip(new, answers, strict=True)]
-        seated = reseated(batches, ended, [count > 0 for count in new], waiting, passes.rows)
+        rest = ended, new, waiting, passes.rows
+        seated = closed_up(batches, sizes, *rest) if passes.closes_up else reseated(batches, *rest)
         changed = bool(entry) or seated != batches
         cut = changed and left > 1
-        yield RefilledPass(rows, tokens, len(running), stage, begins=begins, cut=cut, loaded=loaded)
+        yield RefilledPass(rows, tokens, len(running), stage, copied, begins=begins, cut=cut, loaded=loaded)
+        copied = sum(passes.width + new[row] for row in movers(batches, seated, new))
         batches, begins, loaded = seated, changed, cut
         seats = max(seats, *(1 + row for batch in batches for row in batch), 0)
         waiting = list(range(seats, len(answers)))
@@ -221,9 +226,10 @@ def refilled_block(job: Job, policy: Policy, model: PlacedModel, slots: Slots) -
     simulated = min(workload.num_prompts, _BLOCKS * policy.block_size)
     part = replace(workload, num_prompts=simulated)
     # With guesses, a row needs fewer passes. The growth of its cache from pass to pass is that of one token.
-    shape = room_sizes(policy, part.num_prompts, part.gen_len), part
-    pool = cache_pool(model.layers, policy, *shape, model.placement.dtype, job.hardware.topology)
-    passes = list(refilled_passes(part.passes(policy.guess), policy, Passes.of(workload, policy), pool))
+    rooms = room_sizes(policy, part.num_prompts, part.gen_len), part
+    pool = cache_pool(model.layers, policy, *rooms, model.placement.dtype, job.hardware.topology)
+    shape = Passes.of(workload, policy, job.hardware.topology)
+    passes = list(refilled_passes(part.passes(policy.guess), policy, shape, pool))
     times = _PassTimes(job, policy, model, slots, passes)
     # The prompts that are not simulated repeat the steady stage.
     repeats = 1 + (workload.num_prompts - simulated) / max(simulated - 2 * places, 1)
@@ -268,7 +274,7 @@ def all_stages(blocks: Sequence[RefilledBlock]) -> dict[Stage, PlacesUsed]:
     return {stage: PlacesUsed(took, in_use[stage] / took) for stage, took in seconds.items()}
 
 
-_Kind = tuple[int, int, bool, bool]
+_Kind = tuple[int, ...]
 
 
 class _PassTimes:
@@ -285,14 +291,19 @@ class _PassTimes:
         self._known: dict[_Kind, list[tuple[float, float, float, dict[LaneName, float]]]] = {}
         kinds: dict[_Kind, list[RefilledPass]] = {}
         for one in passes:
-            kinds.setdefault(one.kind, []).append(one)
+            kinds.setdefault(self._kind(one), []).append(one)
         for kind, some in kinds.items():
             ends = min(some, key=lambda one: one.mean_token), max(some, key=lambda one: one.mean_token)
             self._known[kind] = [(one.mean_token, *self._timed(one)) for one in dict.fromkeys(ends)]
 
+    def _kind(self, one: RefilledPass) -> _Kind:
+        """The kind of a pass, with about the rows of its cells (two digits in base 2) if they may be any number."""
+        sizes = one.rows if self._job.hardware.topology.closes_up(self._policy) else ()
+        return *one.kind, *(n >> max(n.bit_length() - 2, 0) << max(n.bit_length() - 2, 0) for n in sizes)
+
     def of(self, one: RefilledPass) -> tuple[float, dict[LaneName, float]]:
         """The seconds of a pass, and those of each lane alone."""
-        known = self._known[one.kind]
+        known = self._known[self._kind(one)]
         at = [token for token, *_ in known]
 
         def between(values: Sequence[float]) -> float:
