@@ -29,7 +29,7 @@ from flexgen.schedule.orders import Order
 from flexgen.schedule.steps import Grid, Op, Step, all_steps
 from flexgen.workload import Workload
 
-_Key = tuple[Op, int, int, int, bool]
+_Key = tuple[Op, int, int, tuple[int, int], bool]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class CostedBlock:
         An element may also be a sequence with the token of each batch.
     flushing: the indices of the tokens that write a page.
     batches: the rows of each batch; None divides the prompts by the policy.
+    attending: the rows of each batch over whose cache the decode attends; None is all rows. The others get no token.
     """
 
     prompts: int
@@ -48,6 +49,7 @@ class CostedBlock:
     tokens: Sequence[int | Sequence[int]] | None = None
     flushing: Collection[int] = ()
     batches: Sequence[int] | None = None
+    attending: Sequence[int] | None = None
 
 
 class StepCosts:
@@ -59,13 +61,14 @@ class StepCosts:
         self._model = model
         self._order = block.order
         self._batches = block.batches or batch_sizes(policy, block.prompts)
+        self._rows = list(zip(self._batches, block.attending or self._batches, strict=True))
         self._tokens: Sequence[int | Sequence[int]] = block.tokens or every_token
         self._flushing = block.flushing
         self._timed: dict[_Key, Costs] = {}
         self._prefix = PrefixCosts(model, policy, workload)
         self.alike = self._prefix.alike
         self.weight_pieces = count_pieces(model.layouts, len(self._batches))
-        sizes = set(self._batches)
+        sizes = {count for rows in self._rows for count in rows}
         self._cache = CacheCosts(model, policy, workload, sizes, len(self._tokens) == len(every_token))
         self._hidden = HiddenCosts(model, policy, passes, sizes, block.order.serial)
         gathers_rows = self._hidden.gathers_rows
@@ -127,30 +130,30 @@ class StepCosts:
         return [(step, counts[key]) for key, step in steps.items()]
 
     def _key(self, step: Step) -> _Key:
-        """The values that a step's work depends on: (op, layer, token or piece, rows, flag).
+        """The values that a step's work depends on: (op, layer, token or piece, rows and those that attend, flag).
 
         flag: for computation, whether the batch is the first of its visit; for a store of cache, whether the token
             represents those that write pages.
         """
         op, i, j, k = step
         if op is Op.LOAD_WEIGHTS:
-            return op, self.alike.weights[j], k, 0, False
+            return op, self.alike.weights[j], k, (0, 0), False
         token = self._tokens[i]
         if not isinstance(token, int):
             token = token[k]
         match op:
             case Op.LOAD_HIDDEN | Op.STORE_HIDDEN:  # equal between any two layers
                 layer = j if j == self._model.last else min(j, 1)
-                return op, layer, token, self._batches[k], False
+                return op, layer, token, self._rows[k], False
             case Op.COMPUTE | Op.PROJECT:
-                return op, self._model.alike.cells[j], token, self._batches[k], k == 0
+                return op, self._model.alike.cells[j], token, self._rows[k], k == 0
             case Op.STORE_CACHE:
-                return op, self._model.alike.cells[j], token, self._batches[k], i in self._flushing
+                return op, self._model.alike.cells[j], token, self._rows[k], i in self._flushing
             case _:
-                return op, self._model.alike.cells[j], token, self._batches[k], False
+                return op, self._model.alike.cells[j], token, self._rows[k], False
 
     def _loads(self, key: _Key) -> Loads:
-        op, layer, token, rows, flag = key
+        op, layer, token, (rows, attending), flag = key
         match op:
             case Op.LOAD_WEIGHTS:
                 weights = self._model.load_weights(layer, token, self.weight_pieces)
@@ -162,11 +165,11 @@ class StepCosts:
             case Op.PROJECT:
                 return self._computation.project(layer, token, rows, flag)
             case Op.ATTEND:
-                return self._computation.attend(layer, token, rows)
+                return self._computation.attend(layer, token, rows, attending)
             case Op.LOAD_ATTENTION:
                 return self._computation.load_attention(layer, token, rows)
             case Op.COMPUTE:
-                return self._computation.compute(layer, token, rows, flag)
+                return self._computation.compute(layer, token, rows, flag, attending)
             case Op.STORE_HIDDEN:
                 return self._hidden.store(layer, token, rows)
             case Op.STORE_CACHE:

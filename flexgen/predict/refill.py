@@ -48,7 +48,8 @@ class RefilledPass:
     """One pass of a block.
 
     rows: of each cell of a layer. tokens: of each, the new token of the rows that have the most, as in `Passes`. If
-    prompts enter in the places of single rows, it is the mean.
+    prompts enter in the places of single rows, it is the mean. attending: of each, the number of rows whose cache
+    attention reads.
     live: the number of rows that get a new token. moved: the cached tokens that were copied before the pass, summed
     over rows. begins: whether a run begins with it, because the batches before it were others. cut: whether its run
     ends with it and before the last pass of its grid, so that loads for the next pass have been issued. put_back:
@@ -58,6 +59,7 @@ class RefilledPass:
 
     rows: tuple[int, ...]
     tokens: tuple[int, ...]
+    attending: tuple[int, ...]
     live: int
     stage: Stage
     moved: int = 0
@@ -76,9 +78,11 @@ class RefilledPass:
         """Passes of one kind differ in the lengths of their rows, and little in the number of rows."""
         return len(self.tokens), self.entering, self.begins, self.loaded
 
-    @property
-    def mean_token(self) -> float:
-        return sum(self.tokens) / len(self.tokens)
+    def attended(self, width: int) -> int:
+        """The tokens of the cache over which rows attend, for prompts of `width` tokens; for parts of prompts, a number
+        that grows with the tokens before them. The seconds of passes of one kind are nearly linear in it."""
+        cells = zip(self.attending, self.tokens, strict=True)
+        return sum(rows * (width + token) if token > 0 else token for rows, token in cells)
 
 
 def refilled_passes(
@@ -132,6 +136,7 @@ def refilled_passes(
         yield RefilledPass(
             tuple(map(len, batches)),
             tokens,
+            tuple(map(len, batches)),
             len(running),
             stage,
             moved=moved,
@@ -177,8 +182,9 @@ def _by_place(answers: Sequence[int], policy: Policy, passes: Passes) -> Iterato
         decode = []
         for batch, some in zip(batches, live, strict=True):
             if some := some or [row for row in batch if computed[row]]:
-                decode.append((len(batch), round(sum(new[row] for row in some) / len(some))))
-        rows, tokens = zip(*between(decode, [(len(places), 0) for _, places in entry]), strict=True)
+                decode.append((len(batch), round(sum(new[row] for row in some) / len(some)), len(some)))
+        entering = [(len(places), 0, len(places)) for _, places in entry]
+        rows, tokens, attending = zip(*between(decode, entering), strict=True)
         left = max(answers) - min(new[row] for batch in batches for row in batch)
         running = [row for some in live for row in some]
         running += [row for k, places in entry for row in batches[k][places.start : places.stop]]
@@ -188,7 +194,7 @@ def _by_place(answers: Sequence[int], policy: Policy, passes: Passes) -> Iterato
         seated = reseated(batches, ended, [count > 0 for count in new], waiting, passes.rows)
         changed = bool(entry) or seated != batches
         cut = changed and left > 1
-        yield RefilledPass(rows, tokens, len(running), stage, begins=begins, cut=cut, loaded=loaded)
+        yield RefilledPass(rows, tokens, attending, len(running), stage, begins=begins, cut=cut, loaded=loaded)
         batches, begins, loaded = seated, changed, cut
         seats = max(seats, *(1 + row for batch in batches for row in batch), 0)
         waiting = list(range(seats, len(answers)))
@@ -272,7 +278,7 @@ _Kind = tuple[int, int, bool, bool]
 
 
 class _PassTimes:
-    """The seconds of passes. Of each kind, those with the shortest and the longest rows are timed."""
+    """The seconds of passes. Of each kind, those with the fewest and the most tokens of attention are timed."""
 
     def __init__(
         self, job: Job, policy: Policy, model: PlacedModel, slots: Slots, passes: Sequence[RefilledPass]
@@ -287,16 +293,19 @@ class _PassTimes:
         for one in passes:
             kinds.setdefault(one.kind, []).append(one)
         for kind, some in kinds.items():
-            ends = min(some, key=lambda one: one.mean_token), max(some, key=lambda one: one.mean_token)
-            self._known[kind] = [(one.mean_token, *self._timed(one)) for one in dict.fromkeys(ends)]
+            ends = min(some, key=self._attended), max(some, key=self._attended)
+            self._known[kind] = [(self._attended(one), *self._timed(one)) for one in dict.fromkeys(ends)]
+
+    def _attended(self, one: RefilledPass) -> float:
+        return one.attended(self._job.workload.prompt_len)
 
     def of(self, one: RefilledPass) -> tuple[float, dict[LaneName, float]]:
         """The seconds of a pass, and those of each lane alone."""
         known = self._known[one.kind]
-        at = [token for token, *_ in known]
+        at = [attended for attended, *_ in known]
 
         def between(values: Sequence[float]) -> float:
-            return float(np.interp(one.mean_token, at, values))
+            return float(np.interp(self._attended(one), at, values))
 
         seconds = between([took for _, took, _, _ in known])
         if one.cut:
@@ -312,7 +321,7 @@ class _PassTimes:
         begin = Passes.of(job.workload, self._policy).first  # before a row's last part, there is another one
         tokens = [tuple(max(token + n, begin) for token in one.tokens) for n in ahead]
         order = job.order_for(self._policy, batches)
-        block = CostedBlock(sum(one.rows), order, tokens, batches=one.rows)
+        block = CostedBlock(sum(one.rows), order, tokens, batches=one.rows, attending=one.attending)
         costs = StepCosts(self._model, self._policy, job.workload, block)
         grid = order.grid(len(tokens), layers, batches, costs.weight_pieces, self._slots, costs.feeds_ids)
         steps = numbered(order, grid)
