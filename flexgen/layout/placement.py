@@ -69,13 +69,14 @@ class Placement:
 def place_weights(layers: Sequence[Layer], split: Split, dtype: torch.dtype) -> Placement:
     """Assign whole units to tiers, so that the model's percentages are as close to `split` as units allow.
 
-    A unit is a tensor, or all tensors of an expert. The units of the last layer go to the fastest tier whose share has
-    room for them: orders with overlap have a slot for this layer alone (`Turns`), so off the device its weights take as
-    much device memory, and they are loaded in each pass. A vocabulary that is larger than any layer does the same,
-    because it would determine the size of a slot. Each other unit goes to the tier that is furthest below its share of
+    A unit is a tensor, or all tensors of an expert. Each unit goes to the tier that is furthest below its share of
     all bytes placed so far. The rounding error of one layer is thus carried to the next, every layer moves about the
     same bytes, and each tier ends within one unit of its share. A tied head is the embedding's tensor, which counts
     once.
+    The units of the last layer go to the fastest tier whose share has room for them, and the other units share the
+    rest. Orders with overlap have a slot for this layer alone (`Turns`), so off the device, its weights take as much
+    device memory, and they are loaded in each pass. The same holds for a vocabulary that is larger than any layer,
+    which would determine the size of its slot.
     A tier's codec is used for the tensors that it fits: all matrices except the table of positions. The codec
     "stored" keeps the matrices that the checkpoint stores quantized in that form, except for tables.
     """

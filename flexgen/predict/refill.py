@@ -79,8 +79,8 @@ class RefilledPass:
         return len(self.tokens), self.entering, self.begins, self.loaded
 
     def attended(self, width: int) -> int:
-        """The tokens of the cache over which rows attend, for prompts of `width` tokens; for parts of prompts, a number
-        that grows with the tokens before them. The seconds of passes of one kind are nearly linear in it."""
+        """The tokens of the cache over which rows attend, for prompts of `width` tokens. For parts of prompts, a
+        number that grows with the tokens before them. The seconds of passes of one kind are nearly linear in it."""
         cells = zip(self.attending, self.tokens, strict=True)
         return sum(rows * (width + token) if token > 0 else token for rows, token in cells)
 
@@ -194,7 +194,9 @@ def _by_place(answers: Sequence[int], policy: Policy, passes: Passes) -> Iterato
         seated = reseated(batches, ended, [count > 0 for count in new], waiting, passes.rows)
         changed = bool(entry) or seated != batches
         cut = changed and left > 1
-        yield RefilledPass(rows, tokens, attending, len(running), stage, begins=begins, cut=cut, loaded=loaded)
+        yield RefilledPass(
+            rows, tokens, attending, len(running), stage, begins=begins, cut=cut, loaded=loaded
+        )
         batches, begins, loaded = seated, changed, cut
         seats = max(seats, *(1 + row for batch in batches for row in batch), 0)
         waiting = list(range(seats, len(answers)))

@@ -114,11 +114,11 @@ class BoundCell:
         return self.column or self.span.length
 
     def contexts(self, rows: range) -> Tensor:
-        """(rows,) int64 in host memory: the number of columns that attention reads in addition to as many as there are
-        new tokens, if rows have different numbers of cached tokens.
+        """(rows,) int64 in host memory: the columns of each row before the new tokens to which attention applies, if
+        rows have different numbers of cached tokens.
 
-        It is `lengths`, but for a row that gets no token, it is only the padding: the result is not used, so the
-        cache of the row need not be read. Jobs of the cell may call it, see `lengths`.
+        They are `lengths`. For a row that gets no token, they are only the padding: its result is not used, so its
+        cache need not be read. Jobs of the cell may call it, see `lengths`.
         """
         assert self.guesses is not None
         here = slice(rows.start, rows.stop)

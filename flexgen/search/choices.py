@@ -109,6 +109,18 @@ class Choices:
         mean = workload.mean_new or workload.gen_len
         return shaped.replace(prefill_rows=max(round(shaped.block_size / mean), 1))
 
+    def places(self, form: Policy) -> Iterator[Policy]:
+        """`form` with the numbers of places for about as many prompts that enter in each pass, one less to two more.
+
+        The rows that end in a pass are then a whole number, so that prompts enter in all of their places."""
+        if not form.prefill_rows or self.fixed & {"prefill_rows", "gpu_batch_size"}:
+            return
+        mean, batches = self._job.workload.mean_new or self._job.workload.gen_len, form.num_gpu_batches
+        for entering in range(max(form.prefill_rows - 1, 1), form.prefill_rows + 3):
+            shaped = self.shaped(form, math.ceil(entering * mean / batches), batches)
+            if shaped and shaped != form:
+                yield shaped
+
     def alike(self, policy: Policy, short: Short) -> Iterator[Policy]:
         """`policy` with other rates at which prompts enter, then with its cache in the place of weights, and with
         guesses."""

@@ -56,6 +56,16 @@ def test_passes_in_which_prompts_enter_at_a_rate_begin_and_end_runs():
         assert not (one.put_back or one.moved)
 
 
+def test_attention_reads_only_the_cache_of_rows_that_get_a_token():
+    """In a batch, the prompts of some places are not computed yet, and other rows have ended."""
+    policy = Policy(gpu_batch_size=3, prefill_rows=1, activations={"gpu": 100})
+    passes = list(refilled_passes([4, 2, 3], policy, Passes(5, rows=1)))
+    decoding = [one for one in passes if max(one.tokens) > 0]
+    assert [one.rows for one in decoding] == [(3, 1), (3, 1), (3,), (3,)]
+    assert [one.attending for one in decoding] == [(1, 1), (2, 1), (2,), (1,)]
+    assert [one.attended(5) for one in decoding] == [6, 2 * 7, 2 * 7, 7]
+
+
 def test_rows_that_move_count_their_tokens():
     passes = list(refilled_passes([1, 4, 1, 4, 1, 1], Policy(gpu_batch_size=2, num_gpu_batches=2), Passes(5)))
     assert [one.rows for one in passes] == [(2, 2), (2, 2), (2,), (2,)]
