@@ -73,10 +73,10 @@ def place_weights(layers: Sequence[Layer], split: Split, dtype: torch.dtype) -> 
     all bytes placed so far. The rounding error of one layer is thus carried to the next, every layer moves about the
     same bytes, and each tier ends within one unit of its share. A tied head is the embedding's tensor, which counts
     once.
-    The units of the last layer go to the fastest tier whose share has room for them, and the other units share the
-    rest. Orders with overlap have a slot for this layer alone (`Turns`), so off the device, its weights take as much
-    device memory, and they are loaded in each pass. The same holds for a vocabulary that is larger than any layer,
-    which would determine the size of its slot.
+    The units of the last layer go to the fastest tier whose share has room for half of them or more, and the other
+    units share the rest. Orders with overlap have a slot for this layer alone (`Turns`), so off the device, its
+    weights take as much device memory, and they are loaded in each pass. The same holds for a vocabulary that is
+    larger than any layer, which would determine the size of its slot.
     A tier's codec is used for the tensors that it fits: all matrices except the table of positions. The codec
     "stored" keeps the matrices that the checkpoint stores quantized in that form, except for tables.
     """
@@ -94,7 +94,7 @@ def place_weights(layers: Sequence[Layer], split: Split, dtype: torch.dtype) -> 
     ends = {weights[0].key for weights in layers[-1].units}
     for key, unit in list(units.items()):
         if key in ends or between < unit.nbytes:
-            room = (tier for tier in shares if shares[tier] - placed[tier] >= unit.nbytes)
+            room = (tier for tier in shares if 2 * (shares[tier] - placed[tier]) >= unit.nbytes)
             if tier := next(room, None):
                 _place(placement, units.pop(key), tier, split[tier].codec)
     rest = {tier: max(share - placed[tier], 0.0) for tier, share in shares.items()}

@@ -280,7 +280,8 @@ _Kind = tuple[int, int, bool, bool]
 
 
 class _PassTimes:
-    """The seconds of passes. Of each kind, those with the fewest and the most tokens of attention are timed."""
+    """The seconds of passes. Of each kind, those with the fewest and the most tokens of attention and prompts that
+    enter are timed."""
 
     def __init__(
         self, job: Job, policy: Policy, model: PlacedModel, slots: Slots, passes: Sequence[RefilledPass]
@@ -290,29 +291,26 @@ class _PassTimes:
         self._model = model
         self._slots = slots
         self.timed: list[tuple[int, Timeline]] = []
-        self._known: dict[_Kind, list[tuple[float, float, float, dict[LaneName, float]]]] = {}
+        self._known: dict[_Kind, tuple[_Plane, list[tuple[float, float, dict[LaneName, float]]]]] = {}
         kinds: dict[_Kind, list[RefilledPass]] = {}
         for one in passes:
             kinds.setdefault(one.kind, []).append(one)
         for kind, some in kinds.items():
-            ends = min(some, key=self._attended), max(some, key=self._attended)
-            self._known[kind] = [(self._attended(one), *self._timed(one)) for one in dict.fromkeys(ends)]
+            at = np.array([self._work(one) for one in some])
+            ends = [some[n] for n in dict.fromkeys([*at.argmin(0).tolist(), *at.argmax(0).tolist()])]
+            self._known[kind] = _Plane([self._work(one) for one in ends]), [self._timed(one) for one in ends]
 
-    def _attended(self, one: RefilledPass) -> float:
-        return one.attended(self._job.workload.prompt_len)
+    def _work(self, one: RefilledPass) -> tuple[int, int]:
+        """The values in which the seconds of passes of one kind are nearly linear."""
+        cells = zip(one.rows, one.tokens, strict=True)
+        return one.attended(self._job.workload.prompt_len), sum(rows for rows, token in cells if token <= 0)
 
     def of(self, one: RefilledPass) -> tuple[float, dict[LaneName, float]]:
         """The seconds of a pass, and those of each lane alone."""
-        known = self._known[one.kind]
-        at = [attended for attended, *_ in known]
-
-        def between(values: Sequence[float]) -> float:
-            return float(np.interp(self._attended(one), at, values))
-
-        seconds = between([took for _, took, _, _ in known])
-        if one.cut:
-            seconds += between([rest for _, _, rest, _ in known])
-        lanes = {lane: between([busy.get(lane, 0.0) for *_, busy in known]) for lane in known[-1][3]}
+        plane, known = self._known[one.kind]
+        shares = plane.shares(self._work(one))
+        seconds = float(shares @ [took + one.cut * rest for took, rest, _ in known])
+        lanes = {lane: float(shares @ [busy.get(lane, 0.0) for *_, busy in known]) for lane in known[-1][2]}
         return seconds + one.moved * self._token_copy, lanes
 
     def _timed(self, one: RefilledPass) -> tuple[float, float, dict[LaneName, float]]:
@@ -354,6 +352,18 @@ class _PassTimes:
         block = CostedBlock(1, self._job.order_for(self._policy, 1), batches=[1])
         costs = StepCosts(self._model, self._policy, workload, block)
         return _COPIES * costs.cached_token_bytes / rate
+
+
+class _Plane:
+    """The plane through n points `at` (n, 2), or nearest to their values."""
+
+    def __init__(self, at: Sequence[tuple[int, int]]) -> None:
+        self._middle, self._scale = np.mean(at, axis=0), np.maximum(np.ptp(at, axis=0), 1)
+        self._inverse = np.linalg.pinv(np.insert((at - self._middle) / self._scale, 0, 1, axis=1))
+
+    def shares(self, point: tuple[int, int]) -> np.ndarray:
+        """(n,): the weights of the values of the points at another point."""
+        return np.insert((point - self._middle) / self._scale, 0, 1) @ self._inverse
 
 
 def _in_prefill(steps: Numbered, tokens: Sequence[Sequence[int]]) -> list[bool]:

@@ -18,7 +18,7 @@ from flexgen.predict.job import Job
 from flexgen.predict.refill import refills
 from flexgen.quant import CODECS, head_format
 from flexgen.search.linear import CLASSES, Column, Shares
-from flexgen.search.moves import Short, refused, traded
+from flexgen.search.moves import Short, refused, traded, with_room
 
 _MOST_BATCHES = 64
 """The maximum number of batches. Beyond it, sharing a load of weights among more batches saves almost nothing."""
@@ -127,7 +127,10 @@ class Choices:
         yield from self.rates(policy)
         if policy.prefill_rows and not self.fixed & {"weights", "cache"}:
             yield from traded(policy, self.tiers, short)
-        yield from self.guessing(policy)
+        for guessing in self.guessing(policy):
+            room = guessing if "weights" in self.fixed else with_room(guessing, self.tiers, short)
+            if room is not None:
+                yield room
 
     def rates(self, policy: Policy) -> Iterator[Policy]:
         """`policy` with other numbers of prompts that enter in a pass."""

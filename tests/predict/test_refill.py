@@ -61,8 +61,8 @@ def test_attention_reads_only_the_cache_of_rows_that_get_a_token():
     policy = Policy(gpu_batch_size=3, prefill_rows=1, activations={"gpu": 100})
     passes = list(refilled_passes([4, 2, 3], policy, Passes(5, rows=1)))
     decoding = [one for one in passes if max(one.tokens) > 0]
-    assert [one.rows for one in decoding] == [(3, 1), (3, 1), (3,), (3,)]
-    assert [one.attending for one in decoding] == [(1, 1), (2, 1), (2,), (1,)]
+    assert [one.rows for one in decoding] == [(1, 3), (1, 3), (3,), (3,)]
+    assert [one.attending for one in decoding] == [(1, 1), (1, 2), (2,), (1,)]
     assert [one.attended(5) for one in decoding] == [6, 2 * 7, 2 * 7, 7]
 
 
