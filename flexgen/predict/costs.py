@@ -64,6 +64,7 @@ class StepCosts:
         self._rows = list(zip(self._batches, block.attending or self._batches, strict=True))
         self._tokens: Sequence[int | Sequence[int]] = block.tokens or every_token
         self._flushing = block.flushing
+        self._decoding = [self._most_tokens(token, passes) for token in self._tokens]
         self._timed: dict[_Key, Costs] = {}
         self._prefix = PrefixCosts(model, policy, workload)
         self.alike = self._prefix.alike
@@ -129,11 +130,18 @@ class StepCosts:
                 steps.setdefault(key, one)
         return [(step, counts[key]) for key, step in steps.items()]
 
+    def _most_tokens(self, token: int | Sequence[int], passes: Passes) -> int:
+        """The batch that computes the most tokens in a pass, or the first of these. If any batch is too large for
+        products with encoded weights, it is. All batches then use the weights that it has decoded."""
+        tokens = [token] * len(self._batches) if isinstance(token, int) else token
+        computed = [rows * passes.span(one).new for rows, one in zip(self._batches, tokens, strict=True)]
+        return max(range(len(computed)), key=computed.__getitem__)
+
     def _key(self, step: Step) -> _Key:
         """The values that a step's work depends on: (op, layer, token or piece, rows and those that attend, flag).
 
-        flag: for computation, whether the batch is the first of its visit; for a store of cache, whether the token
-            represents those that write pages.
+        flag: for computation, whether the batch decodes weights for those of its visit; for a store of cache, whether
+            the token represents those that write pages.
         """
         op, i, j, k = step
         if op is Op.LOAD_WEIGHTS:
@@ -146,7 +154,7 @@ class StepCosts:
                 layer = j if j == self._model.last else min(j, 1)
                 return op, layer, token, self._rows[k], False
             case Op.COMPUTE | Op.PROJECT:
-                return op, self._model.alike.cells[j], token, self._rows[k], k == 0
+                return op, self._model.alike.cells[j], token, self._rows[k], k == self._decoding[i]
             case Op.STORE_CACHE:
                 return op, self._model.alike.cells[j], token, self._rows[k], i in self._flushing
             case _:

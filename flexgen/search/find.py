@@ -39,8 +39,8 @@ _REORDERED = 2
 _OWN_ORDER = 0.01
 """The share of the time by which another order must be faster than the policy's own order. A policy file does not
 store an order, so you have to pass it to every run."""
-_RESIZED = 3
-"""The number of best shapes to try with other numbers of places, if prompts enter at a rate."""
+_REFINED = 3
+"""The number of best shapes to improve, and to try with other numbers of places if prompts enter at a rate."""
 _ROUNDS = 3
 """The maximum number of times that the winner is replaced by a similar policy."""
 _STEPS = 100.0, 20.0, 5.0, 1.0
@@ -188,9 +188,10 @@ class _Finder:
             self._try_units()
         self._try_orders()
         contenders = self._contenders()
-        best = self._in_best_order(self._improved(contenders[0]))
-        if len(contenders) > 1:  # the small model, by which it was improved, is not exact
-            best = min((best, contenders[0]), key=self._whole)
+        leading = contenders[:_REFINED]
+        improved = [self._in_best_order(self._improved(run)) for run in leading]
+        # The small model, by which they were improved, is not exact.
+        best = improved[0] if len(leading) == 1 else min([*improved, *leading], key=self._whole)
         others = [
             *contenders,
             *(run for run in sorted(self._tried, key=self._score) if run not in contenders),
@@ -225,7 +226,7 @@ class _Finder:
         if len(some) == 1:
             return some
         before = set(self._tried)
-        for solved in [self._tried[run] for run in sorted(some, key=self._whole)[:_RESIZED]]:
+        for solved in [self._tried[run] for run in sorted(some, key=self._whole)[:_REFINED]]:
             for form in self._choices.places(solved.form):
                 if other := self._programs.of(form, solved.order):
                     self._try(other)

@@ -124,7 +124,7 @@ def test_the_cells_of_each_pass(device: str, tiny: Any, prompts: Any, heads: lis
         assert lm.stats is not None
         stages = lm.stats.timing.stages
     both = [2, 1, 2]
-    assert heads == [1, *[2, 1], *[2, 1], *both, *both, *both, *[2, 2], 2, 2]
+    assert heads == [1, *[1, 2], *[1, 2], *both, *both, *both, *[2, 2], 2, 2]
     assert {stage: new for stage, (_, new, _) in stages.items()} == {
         Stage.FILL: 1 + 2 + 3 + 4, Stage.STEADY: 4, Stage.DRAIN: 4 + 3 + 2 + 1,
     }  # fmt: skip
