@@ -80,6 +80,11 @@ def find_for_job(
     effort: how much to compute.
     """
     found = _find(job, auto, top, slots, effort)
+    if auto.lossy and found.best.policy.prefill_rows:
+        # The linear program does not count that weights are decoded in each pass in which prompts enter, so it ranks
+        # codecs too high.
+        with suppress(CapacityError):
+            found = found.joined(_find(job, replace(auto, lossy=False), top, slots, effort), top)
     for reserved in reserves(job, auto):
         reserving = replace(auto, fixed={**auto.fixed, "reserve_new": reserved})
         with suppress(CapacityError):
@@ -202,7 +207,11 @@ class _Finder:
                 kept.append(run)
                 laid_out += simulations.cells(run.policy)[0]
         best = min(kept, key=self._whole)
-        fastest = self._fastest_alike(best)
+        starts = [best]
+        if self._job.workload.copied > 1:  # a shape that is faster with guesses may be slower without them
+            others = [run for run in sorted(self._tried, key=self._score) if run.policy != best.policy]
+            starts += others[:_REFINED]
+        fastest = min(map(self._fastest_alike, starts), key=self._whole)
         kept = [fastest, *(run for run in kept if run not in (best, fastest))]
         candidates = {run: self._candidate(run) for run in kept}
         took = {run: made.prediction.report.total_s for run, made in candidates.items()}
