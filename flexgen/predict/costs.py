@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from flexgen.layout.passes import Passes
 from flexgen.layout.plan import batch_sizes
@@ -52,6 +53,20 @@ class CostedBlock:
     attending: Sequence[int] | None = None
 
 
+class _Pass(NamedTuple):
+    """The token of each batch in a pass, and the batch that decodes weights for all: the one that computes the most
+    tokens, or the first of these. If any batch is too large for products with encoded weights, it is."""
+
+    tokens: Sequence[int]
+    decoding: int
+
+    @classmethod
+    def of(cls, token: int | Sequence[int], batches: Sequence[int], passes: Passes) -> _Pass:
+        tokens = [token] * len(batches) if isinstance(token, int) else token
+        computed = [rows * passes.span(one).new for rows, one in zip(batches, tokens, strict=True)]
+        return cls(tokens, max(range(len(batches)), key=computed.__getitem__))
+
+
 class StepCosts:
     """The work of each step of one block of a workload. Loads of weights are equal for all tokens."""
 
@@ -60,20 +75,20 @@ class StepCosts:
         every_token = range(passes.first, workload.gen_len)
         self._model = model
         self._order = block.order
-        self._batches = block.batches or batch_sizes(policy, block.prompts)
-        self._rows = list(zip(self._batches, block.attending or self._batches, strict=True))
-        self._tokens: Sequence[int | Sequence[int]] = block.tokens or every_token
+        batches = block.batches or batch_sizes(policy, block.prompts)
+        self._rows = list(zip(batches, block.attending or batches, strict=True))
+        tokens: Sequence[int | Sequence[int]] = block.tokens or every_token
+        self._passes = [_Pass.of(token, batches, passes) for token in tokens]
         self._flushing = block.flushing
-        self._decoding = [self._most_tokens(token, passes) for token in self._tokens]
         self._timed: dict[_Key, Costs] = {}
         self._prefix = PrefixCosts(model, policy, workload)
         self.alike = self._prefix.alike
-        self.weight_pieces = count_pieces(model.layouts, len(self._batches))
+        self.weight_pieces = count_pieces(model.layouts, len(batches))
         sizes = {count for rows in self._rows for count in rows}
-        self._cache = CacheCosts(model, policy, workload, sizes, len(self._tokens) == len(every_token))
+        self._cache = CacheCosts(model, policy, workload, sizes, len(tokens) == len(every_token))
         self._hidden = HiddenCosts(model, policy, passes, sizes, block.order.serial)
         gathers_rows = self._hidden.gathers_rows
-        fixed = FixedCosts(model, policy, workload, self._batches, gathers_rows)
+        fixed = FixedCosts(model, policy, workload, batches, gathers_rows)
         splits = block.order.splits_attention
         self._computation = ComputeCosts(model, self._cache, passes, splits, gathers_rows, fixed)
 
@@ -90,7 +105,7 @@ class StepCosts:
     @property
     def cached_token_bytes(self) -> int:
         """The bytes of one token of a batch of the first size in the cache, in all layers."""
-        rows = self._batches[0]
+        rows, _ = self._rows[0]
         cells = (n for n in self._model.alike.cells if self._model.layers[n].has_cache)
         return sum(s.token_bytes(1) for n in cells for s in self._cache.layout(n, rows).segments)
 
@@ -121,7 +136,7 @@ class StepCosts:
         counts: Counter[_Key] = Counter()
         steps: dict[_Key, Step] = {}
         splits = self._order.splits_attention
-        for step in all_steps(Grid(1, 1, len(self._batches), self.weight_pieces, splits_attention=splits)):
+        for step in all_steps(Grid(1, 1, len(self._rows), self.weight_pieces, splits_attention=splits)):
             weights = step.op is Op.LOAD_WEIGHTS
             for layer in layers if weights else alike:
                 one = Step(step.op, 0, layer, step.batch)
@@ -129,13 +144,6 @@ class StepCosts:
                 counts[key] += 1 if weights else alike[layer]
                 steps.setdefault(key, one)
         return [(step, counts[key]) for key, step in steps.items()]
-
-    def _most_tokens(self, token: int | Sequence[int], passes: Passes) -> int:
-        """The batch that computes the most tokens in a pass, or the first of these. If any batch is too large for
-        products with encoded weights, it is. All batches then use the weights that it has decoded."""
-        tokens = [token] * len(self._batches) if isinstance(token, int) else token
-        computed = [rows * passes.span(one).new for rows, one in zip(self._batches, tokens, strict=True)]
-        return max(range(len(computed)), key=computed.__getitem__)
 
     def _key(self, step: Step) -> _Key:
         """The values that a step's work depends on: (op, layer, token or piece, rows and those that attend, flag).
@@ -146,15 +154,13 @@ class StepCosts:
         op, i, j, k = step
         if op is Op.LOAD_WEIGHTS:
             return op, self.alike.weights[j], k, (0, 0), False
-        token = self._tokens[i]
-        if not isinstance(token, int):
-            token = token[k]
+        token = self._passes[i].tokens[k]
         match op:
             case Op.LOAD_HIDDEN | Op.STORE_HIDDEN:  # equal between any two layers
                 layer = j if j == self._model.last else min(j, 1)
                 return op, layer, token, self._rows[k], False
             case Op.COMPUTE | Op.PROJECT:
-                return op, self._model.alike.cells[j], token, self._rows[k], k == self._decoding[i]
+                return op, self._model.alike.cells[j], token, self._rows[k], k == self._passes[i].decoding
             case Op.STORE_CACHE:
                 return op, self._model.alike.cells[j], token, self._rows[k], i in self._flushing
             case _:
