@@ -223,9 +223,7 @@ def attend_by_row(
 ) -> AttentionOutput:
     """`attend` for rows with different numbers of cached tokens. The pages have all tokens, and q and the result
     (rows, heads, new, head_dim) the new ones."""
-    lengths = cell.lengths(segment.rows)
-    assert isinstance(lengths, Tensor)
-    lengths = lengths.to(q.device) + q.shape[2]
+    lengths = cell.contexts(segment.rows).to(q.device) + q.shape[2]
     kernel = decode_attention if cell.prefix is None else decode_part
     return kernel(q, pages, lengths, cell.padding.of(segment.rows, q.device), scoring, segment.heads)
 

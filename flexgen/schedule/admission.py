@@ -164,7 +164,15 @@ def entry_cells(
     return cells
 
 
-def between(many: Sequence[_T], few: Sequence[_T]) -> list[_T]:
-    """The elements of both sequences in one, those of each in order and evenly spread."""
-    places = [((n + 0.5) / len(some), some is few, n) for some in (many, few) for n in range(len(some))]
-    return [few[n] if is_few else many[n] for _, is_few, n in sorted(places)]
+def between(decoding: Sequence[_T], entering: Sequence[_T]) -> list[_T]:
+    """The cells of a pass in the order in which they run: those of each kind in order and evenly spread.
+
+    If there are as many of both, one that enters is first. The device has it to compute while the host computes the
+    first attention of the pass.
+    """
+    cells = [
+        ((n + 0.5) / len(some), first, n, cell)
+        for first, some in enumerate((entering, decoding))
+        for n, cell in enumerate(some)
+    ]
+    return [cell for *_, cell in sorted(cells, key=lambda cell: cell[:3])]

@@ -18,7 +18,7 @@ from flexgen.predict.job import Job
 from flexgen.predict.refill import refills
 from flexgen.quant import CODECS, head_format
 from flexgen.search.linear import CLASSES, Column, Shares
-from flexgen.search.moves import Short, refused, traded
+from flexgen.search.moves import Short, refused, traded, with_room
 
 _MOST_BATCHES = 64
 """The maximum number of batches. Beyond it, sharing a load of weights among more batches saves almost nothing."""
@@ -111,6 +111,18 @@ class Choices:
         mean = workload.mean_new or workload.gen_len
         return shaped.replace(prefill_rows=max(round(shaped.block_size / mean), 1))
 
+    def places(self, form: Policy) -> Iterator[Policy]:
+        """`form` with the numbers of places for about as many prompts that enter in each pass, one less to two more.
+
+        The rows that end in a pass are then a whole number, so that prompts enter in all of their places."""
+        if not form.prefill_rows or self.fixed & {"prefill_rows", "gpu_batch_size"}:
+            return
+        mean, batches = self._job.workload.mean_new or self._job.workload.gen_len, form.num_gpu_batches
+        for entering in range(max(form.prefill_rows - 1, 1), form.prefill_rows + 3):
+            shaped = self.shaped(form, math.ceil(entering * mean / batches), batches)
+            if shaped and shaped != form:
+                yield shaped
+
     def alike(self, policy: Policy, short: Short) -> Iterator[Policy]:
         """`policy` with other rates at which prompts enter or rows that close up, then with its cache in the place of
         weights, and with guesses."""
@@ -118,7 +130,10 @@ class Choices:
         yield from self.closing_up(policy)
         if policy.prefill_rows and not self.fixed & {"weights", "cache"}:
             yield from traded(policy, self.tiers, short)
-        yield from self.guessing(policy)
+        for guessing in self.guessing(policy):
+            room = guessing if "weights" in self.fixed else with_room(guessing, self.tiers, short)
+            if room is not None:
+                yield room
 
     def rates(self, policy: Policy) -> Iterator[Policy]:
         """`policy` with other numbers of prompts that enter in a pass."""

@@ -17,7 +17,7 @@ from flexgen.layout import passes
 from flexgen.layout.passes import Passes
 from flexgen.layout.topology import SHARED
 from flexgen.policy import Policy, Tier
-from flexgen.predict.refill import refilled_passes
+from flexgen.predict.refilled_passes import refilled_passes
 from flexgen.results.report import Stage
 from flexgen.results.trace import Phase
 from flexgen.runtime.choice import Choice, Limited, NewIds, Sampled, by_row
@@ -127,10 +127,10 @@ def test_the_cells_of_each_pass(device: str, tiny: Any, prompts: Any, heads: lis
         stages = lm.stats.timing.stages
     if device == "cpu":
         both = [2, 1, 1]
-        assert heads == [1, *[1, 1], *[2, 1], *both, *both, *both, *[2, 1], 2, 1]
+        assert heads == [1, *[1, 1], *[1, 2], *both, *both, *both, *[2, 1], 2, 1]
     else:
         both = [2, 1, 2]
-        assert heads == [1, *[2, 1], *[2, 1], *both, *both, *both, *[2, 2], 2, 2]
+        assert heads == [1, *[1, 2], *[1, 2], *both, *both, *both, *[2, 2], 2, 2]
     assert {stage: new for stage, (_, new, _) in stages.items()} == {
         Stage.FILL: 1 + 2 + 3 + 4, Stage.STEADY: 4, Stage.DRAIN: 4 + 3 + 2 + 1,
     }  # fmt: skip

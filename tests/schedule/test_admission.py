@@ -141,6 +141,7 @@ def test_cells_have_adjacent_places_of_one_batch(
 @given(many=st.integers(0, 20), few=st.integers(0, 20))
 def test_cells_are_spread_evenly(many: int, few: int) -> None:
     mixed = between(range(many), range(100, 100 + few))
+    assert mixed[:1] == [100] or many != few or not few, "the device computes it during the first attention"
     assert [n for n in mixed if n < 100] == list(range(many))
     assert [n for n in mixed if n >= 100] == list(range(100, 100 + few))
     at = [place for place, n in enumerate(mixed) if n >= 100]

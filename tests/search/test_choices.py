@@ -109,6 +109,18 @@ def test_rows_may_close_up_on_machines_without_a_link(machine: Any, host: Any) -
         assert not shapes(host(), short, policy.replace(cache=cache))
 
 
+def test_places_for_whole_numbers_of_rows_that_end(machine: Any) -> None:
+    choices = _choices(machine(), Workload(40, 16, 640, mean_new=4))
+    near = list(choices.places(Policy(gpu_batch_size=10, num_gpu_batches=2, prefill_rows=5)))
+    assert [(form.gpu_batch_size, form.prefill_rows) for form in near] == [(8, 4), (12, 6), (14, 7)]
+    most = choices.places(Policy(gpu_batch_size=158, num_gpu_batches=2, prefill_rows=79))
+    assert [form.block_size for form in most] == [312, 320], "the job has at least two blocks"
+    assert not list(choices.places(Policy(gpu_batch_size=10)))
+    for given in ({"prefill_rows": 5}, {"gpu_batch_size": 10}):
+        fixed = _choices(machine(), Workload(40, 16, 640), **given)
+        assert not list(fixed.places(Policy(gpu_batch_size=10, num_gpu_batches=2, prefill_rows=5)))
+
+
 def test_places_that_the_policy_refuses_are_no_choice(machine: Any) -> None:
     choices = _choices(machine(), Workload(40, 16, 64))
     entering = Policy(gpu_batch_size=4, prefill_rows=2)
