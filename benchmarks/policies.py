@@ -25,8 +25,6 @@ POLICIES = Path(__file__).resolve().parents[1] / "policies"
 MACHINES = {"t4": "", "t4-paper": "-found"}
 """The machines, and the ends of the names of their policies. `t4-paper` also has the policies of the paper."""
 MODELS = "opt-6.7b", "opt-30b", "opt-175b"
-GIVEN = {("opt-30b", "t4-paper", False): {"num_gpu_batches": 2}}
-"""Fields that the search does not choose. Its small model puts this number of batches behind a slower one."""
 WORKLOAD = Workload(prompt_len=512, gen_len=32, num_prompts=1024)  # the paper's largest block has 512
 
 
@@ -34,8 +32,7 @@ def write(model: str, name: str, lossy: bool) -> None:
     """Search, and save the best policy with its purpose and the command that predicts it."""
     spec, _ = open_model(model, "dummy")
     machine = Hardware.preset(name)
-    given = GIVEN.get((model, name, lossy), {})
-    best = find_policy(spec, machine, WORKLOAD, Auto({"attn_sparsity": 1.0, **given}, lossy)).best
+    best = find_policy(spec, machine, WORKLOAD, Auto({"attn_sparsity": 1.0}, lossy)).best
     path = POLICIES / f"{model}-{name}{MACHINES[name]}{'-int4' if lossy else ''}.toml"
     # The search samples tokens, so the comment contains the prediction of the command.
     speed = predict(spec, best.policy, machine, WORKLOAD, order=best.order).report.throughput_tokens_s
@@ -45,8 +42,7 @@ def write(model: str, name: str, lossy: bool) -> None:
         f"{spec.name.upper()} on the machine {name!r} of flexgen/predict/hardware.toml, "
         f"{'with codecs' if lossy else 'without codecs'}: the best\n"
         f"policy that benchmarks/policies.py found for {WORKLOAD.num_prompts} prompts of {WORKLOAD.prompt_len} "
-        f"tokens and {WORKLOAD.gen_len} new tokens each"
-        f"{''.join(f', with {field} = {value}' for field, value in given.items())}.\n"
+        f"tokens and {WORKLOAD.gen_len} new tokens each.\n"
         f"Predicted: {speed:.4g} tokens/s\n"
         f"python -m flexgen.simulate --model {model} --policy policies/{path.name} --hardware {name}{order} {job}"
     )

@@ -112,11 +112,11 @@ def main() -> None:
         done = [one for one in known if row.items() <= one.items()]
         if done and (args.resume or args.job and case.job not in args.job):
             rows += done
+        elif args.job and case.job not in args.job:
             continue
-        if args.job and case.job not in args.job:
-            continue
-        rows.append(row | row_of(case))
-        print(case.job, case.model, case.machine, rows[-1].get("gain"), rows[-1]["now"], flush=True)
+        else:
+            rows.append(row | row_of(case))
+            print(case.job, case.model, case.machine, rows[-1].get("gain"), rows[-1]["now"], flush=True)
         # Machine and versions are not recorded, because the figures do not depend on them.
         document = {"command": "python benchmarks/simulated_jobs.py", "rows": rows}
         write_whole(path, json.dumps(document, indent=1) + "\n")

@@ -13,7 +13,7 @@ from protocol import job, ragged_prompts, serve
 
 from flexgen import OptLM, Policy, Workload
 
-IN_MEMORY = {"weights": {"cpu": 100}, "cache": {"cpu": 100}, "activations": {"cpu": 100}}
+IN_MEMORY = {"weights": {"cpu": 100}, "cache": {"cpu": 100}, "activations": {"gpu": 100}}
 
 
 def main() -> None:
@@ -23,7 +23,9 @@ def main() -> None:
     workload = Workload(
         max(map(len, prompts)), max(counts), len(prompts), work["prefix"], mean_new=float(np.mean(counts))
     )
-    policy = work["policy"] if work["policy"] == "auto" else Policy(**IN_MEMORY, **json.loads(work["policy"]))
+    policy = work["policy"]
+    if policy != "auto":
+        policy = Policy.from_dict(IN_MEMORY | json.loads(policy))
     with (
         tempfile.TemporaryDirectory(dir=work["folder"]) as folder,
         OptLM(

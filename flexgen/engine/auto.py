@@ -18,7 +18,8 @@ from flexgen.predict.hardware import Hardware
 from flexgen.predict.job import Job
 from flexgen.probe.measured import measured, remembered
 from flexgen.schedule.orders import Slots, normal, overlap_multi_batch
-from flexgen.search.find import Search, find_for_job
+from flexgen.search.candidates import Search
+from flexgen.search.find import find_for_job
 from flexgen.workload import Workload
 
 _log = logging.getLogger("flexgen")

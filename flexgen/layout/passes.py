@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from flexgen.layout.cache import Span
 from flexgen.layout.prefix import shared_tokens
+from flexgen.layout.topology import LINKED, Topology
 from flexgen.policy import Policy
 from flexgen.workload import Workload
 
@@ -43,6 +45,7 @@ class Passes:
     rows: the maximum number of prompts that a pass computes, in cells of their own; 0: whole batches of prompts are
         computed.
     batches: the number of batches of a full block, between which the cells of `rows` prompts are spread.
+    closes_up: see `Topology.closes_up`.
     """
 
     width: int
@@ -53,10 +56,14 @@ class Passes:
     longest: int = 0
     rows: int = 0
     batches: int = 1
+    closes_up: bool = False
 
     @classmethod
-    def of(cls, workload: Workload, policy: Policy) -> Passes:
-        """The passes of a block of `workload`, over the tokens that its prompts do not share."""
+    def of(cls, workload: Workload, policy: Policy, topology: Topology = LINKED) -> Passes:
+        """The passes of a block of `workload`, over the tokens that its prompts do not share.
+
+        topology: needed for `closes_up` only.
+        """
         shared = shared_tokens(workload, policy)
         width, chunk, longest = workload.prompt_len - shared, policy.prefill_chunk, 0
         if policy.reserves(workload.gen_len):  # a row is computed again in parts that are as long as a prompt
@@ -64,7 +71,8 @@ class Passes:
         passes = cls(width, chunk, shared=shared, guess=policy.guess, longest=longest)
         if passes.extends or workload.gen_len == 1:  # parts of prompts, or no rows that decode meanwhile
             return passes
-        return replace(passes, rows=policy.prefill_rows, batches=policy.num_gpu_batches)
+        shape = replace(passes, rows=policy.prefill_rows, batches=policy.num_gpu_batches)
+        return replace(shape, closes_up=topology.closes_up(policy))
 
     @property
     def first(self) -> int:
@@ -80,10 +88,19 @@ class Passes:
         """The number of prompts of a cell in which prompts enter, if `rows` limits them.
 
         There are at most as many cells as batches: cells that alternate with those that decode overlap best with
-        attention on the host.
+        attention on the host. If rows close up, nothing else computes attention.
         """
-        most = max(_CELL_TOKENS // self.width, -(-self.rows // self.batches), 1)
+        most = max(_CELL_TOKENS // self.width, 1)
+        if not self.closes_up:
+            most = max(most, -(-self.rows // self.batches))
         return min(most, max(self.rows, 1))
+
+    def together(self, lengths: Sequence[int]) -> bool:
+        """Whether prompts of these lengths may form a cell in which prompts enter. If rows close up, shorter prompts
+        form larger cells, because many prompts may enter in adjacent places."""
+        if self.closes_up:
+            return len(lengths) * max(lengths) <= _CELL_TOKENS
+        return len(lengths) <= self.rows_of_cell
 
     def cells(self, rows: int) -> tuple[CellSize, ...]:
         """The largest cells that compute a batch of `rows` rows or a part of it: all of its rows, and prompts.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from flexgen.models import Layer, WeightSpec
+from flexgen.models import Layer, ModelSpec, WeightSpec
 from flexgen.models.spec import EncodedWeight
 from flexgen.policy import STORED, Split, Tier
 from flexgen.quant import Codec, MatrixCodec, Stored, codec_for
@@ -73,43 +73,59 @@ def place_weights(layers: Sequence[Layer], split: Split, dtype: torch.dtype) -> 
     all bytes placed so far. The rounding error of one layer is thus carried to the next, every layer moves about the
     same bytes, and each tier ends within one unit of its share. A tied head is the embedding's tensor, which counts
     once.
-    A vocabulary that is larger than any layer would determine the size of its slot. So it goes to the fastest tier
-    whose share has room for it, and the other units compensate for that.
+    The units of the last layer go to the fastest tier whose share has room for half of them or more, and the other
+    units share the rest. Orders with overlap have a slot for this layer alone (`Turns`), so off the device, its
+    weights take as much device memory, and they are loaded in each pass. The same holds for a vocabulary that is
+    larger than any layer, which would determine the size of its slot.
     A tier's codec is used for the tensors that it fits: all matrices except the table of positions. The codec
     "stored" keeps the matrices that the checkpoint stores quantized in that form, except for tables.
     """
     placement = Placement(dtype, {}, {}, {}, dict.fromkeys(Tier, 0), dict.fromkeys(Tier, 0))
     placed = placement.share
-    percents = {tier: split.percent(tier) for tier in Tier if split.percent(tier) > 0}
-    codecs = {tier: split[tier].codec for tier in percents}
-    between = max((layer.weight_bytes(dtype) for layer in layers[1:-1]), default=0)
-    total = 0
+    units: dict[str, _Unit] = {}
     for layer in layers:
-        for unit in layer.units:
-            if unit[0].key in placement.tiers:
-                continue
-            nbytes = sum(weight.nbytes(dtype) for weight in unit)
-            total += nbytes
-            behind = {tier: total * percent / 100 - placed[tier] for tier, percent in percents.items()}
-            tier = max(behind, key=behind.__getitem__)
-            if between < nbytes:
-                whole = sum({w.key: w.nbytes(dtype) for each in layers for w in each.weights}.values())
-                shares = {t: whole * percent / 100 for t, percent in percents.items()}
-                tier = next((t for t in shares if shares[t] - placed[t] >= nbytes), tier)
-            placed[tier] += nbytes
-            placement.tiers.update((weight.key, tier) for weight in unit)
-            if (
-                codecs[tier] == "none"
-            ):  # a shortcut, because a search places tens of thousands of experts often
-                placement.nbytes[tier] += nbytes
-                continue
-            for weight in unit:
-                codec = codec_for(codecs[tier], weight.shape)
-                if codec and weight.encodable:
-                    placement.codecs[weight.key] = codec
-                encoded = layer.spec.encoded.get(weight.key)
-                if encoded and codecs[tier] == STORED and weight.encodable and not weight.looked_up:
-                    placement.stored[weight.key] = encoded
-                    placement.tiers.update(dict.fromkeys((part.key for part in encoded.parts), tier))
-                placement.nbytes[tier] += placement.stored_bytes(weight)
+        for weights in layer.units:
+            if weights[0].key not in units:
+                nbytes = sum(weight.nbytes(dtype) for weight in weights)
+                units[weights[0].key] = _Unit(layer.spec, weights, nbytes)
+    whole = sum(unit.nbytes for unit in units.values())
+    shares = {tier: whole * split.percent(tier) / 100 for tier in Tier if split.percent(tier) > 0}
+    between = max((layer.weight_bytes(dtype) for layer in layers[1:-1]), default=0)
+    ends = {weights[0].key for weights in layers[-1].units}
+    for key, unit in list(units.items()):
+        if key in ends or between < unit.nbytes:
+            room = (tier for tier in shares if 2 * (shares[tier] - placed[tier]) >= unit.nbytes)
+            if tier := next(room, None):
+                _place(placement, units.pop(key), tier, split[tier].codec)
+    rest = {tier: max(share - placed[tier], 0.0) for tier, share in shares.items()}
+    before, total, left = dict(placed), 0, sum(rest.values()) or 1.0
+    for unit in units.values():
+        total += unit.nbytes
+        behind = {tier: total * share / left - placed[tier] + before[tier] for tier, share in rest.items()}
+        tier = max(behind, key=behind.__getitem__)
+        _place(placement, unit, tier, split[tier].codec)
     return placement
+
+
+class _Unit(NamedTuple):
+    spec: ModelSpec
+    weights: Sequence[WeightSpec]
+    nbytes: int
+
+
+def _place(placement: Placement, unit: _Unit, tier: Tier, name: str) -> None:
+    """Add a unit to a tier, in the codec `name`."""
+    placement.share[tier] += unit.nbytes
+    placement.tiers.update((weight.key, tier) for weight in unit.weights)
+    if name == "none":  # a shortcut, because a search places tens of thousands of experts often
+        placement.nbytes[tier] += unit.nbytes
+        return
+    for weight in unit.weights:
+        codec = codec_for(name, weight.shape)
+        if codec and weight.encodable:
+            placement.codecs[weight.key] = codec
+        encoded = unit.spec.encoded.get(weight.key)
+        if encoded and name == STORED and weight.encodable and not weight.looked_up:
+            placement.stored[weight.key] = encoded
+            placement.tiers.update(dict.fromkeys((part.key for part in encoded.parts), tier))
+        placement.nbytes[tier] += placement.stored_bytes(weight)

@@ -166,7 +166,7 @@ class _Block:
 
     @property
     def passes(self) -> Passes:
-        return Passes.of(self.workload, self.policy)
+        return Passes.of(self.workload, self.policy, self.target.topology)
 
     @property
     def _capacity(self) -> int:

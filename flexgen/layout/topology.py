@@ -62,6 +62,15 @@ class Topology:
             not self.shares_host_memory and policy.attend_on == "cpu" and policy.cache.percent(Tier.GPU) < 100
         )
 
+    def closes_up(self, policy: Policy) -> bool:
+        """Whether rows move to the first places of a block when others have ended, if prompts enter by places.
+
+        A few rows of the cache are copied between two passes. Then no cell computes places without a row, and prompts
+        enter in adjacent places. The cache must be in place and on one tier.
+        """
+        on_one = any(policy.cache.percent(tier) == 100 for tier in Tier)
+        return policy.prefill_rows > 0 and self.shares_host_memory and on_one
+
     def keeps_ids(self, table_is_gathered: bool) -> bool:
         """Whether ids chosen on the compute device feed its next token without a copy to the host.
 

@@ -15,6 +15,7 @@ class ComputeCosts:
     """The computation of cells, whole or in the steps of an order that `splits_attention`.
 
     A layer is identified by the first of the equal layers. `first`: whether the batch is the first of a visit.
+    `attending`: the number of `rows` that get a token; attention of the decode does not read the cache of the others.
 
     gathers_rows: whether the rows of an encoded table were gathered, each once.
     """
@@ -35,7 +36,7 @@ class ComputeCosts:
         self._gathers_rows = gathers_rows
         self._fixed = fixed
 
-    def compute(self, index: int, token: int, rows: int, first: bool) -> Loads:
+    def compute(self, index: int, token: int, rows: int, first: bool, attending: int) -> Loads:
         """The computation of the layer, without the parts that PROJECT and ATTEND have computed."""
         model, span = self._model, self._passes.span(token)
         layer, arithmetic = model.layers[index], model.arithmetic
@@ -56,7 +57,7 @@ class ComputeCosts:
             # Device and host compute attention of their rows in parallel. Queries and attention outputs cross the
             # link within the computation.
             layout = self._cache.layout(index, rows)
-            device, host = self._token_attention(index, token, rows)
+            device, host = self._token_attention(index, token, rows, attending)
             seconds += max(device, host)
             if any(segment.codec != "none" for segment in layout.segments):
                 seconds += self._model.hardware.fixed.encoded
@@ -78,25 +79,29 @@ class ComputeCosts:
         ask = self._model.lanes.load(self._cache.layout(index, rows).ask(new))
         return ((Load(LaneName.COMPUTE, 0, seconds), ask),)
 
-    def attend(self, index: int, token: int, rows: int) -> Loads:
+    def attend(self, index: int, token: int, rows: int, attending: int) -> Loads:
         """Compute attention of the host's rows on the host, and of the other rows on the device."""
         if not self._splits(index, token, rows):
             return ()
         segments = self._cache.layout(index, rows).segments
-        device, host = self._token_attention(index, token, rows)
+        device, host = self._token_attention(index, token, rows, attending)
         chains: Loads = ((Load(LaneName.HOST, 0, host),),)
         if self._passes.shared or any(segment.on_device for segment in segments):
             chains += ((Load(LaneName.COMPUTE, 0, device),),)
         return chains
 
-    def _token_attention(self, index: int, token: int, rows: int) -> tuple[float, float]:
+    def _token_attention(self, index: int, token: int, rows: int, attending: int) -> tuple[float, float]:
         """Seconds of attention of one token of each row and its guesses, on the device and on the host."""
         span, layout = self._passes.span(token), self._cache.layout(index, rows)
         layer = self._model.layers[index]
         assert isinstance(layer, AttentionLayer)
         own = layer.layer_spec.attention
         arithmetic, sharing = self._model.arithmetic, own.heads // own.kv_heads
-        device, host = arithmetic.token_attention(layout.segments, span.length + 1, span.new, sharing)
+        read = self._cache.layout(index, attending)
+        tokens = span.length + 1, span.new, sharing
+        device, host = arithmetic.token_attention(read.segments, *tokens)
+        if not self._model.hardware.topology.shares_host_memory:  # torch reads the cache of all rows
+            device, _ = arithmetic.token_attention(layout.segments, *tokens)
         if layout.host_rows:
             host += self._model.hardware.fixed.attend
         return device + self._prefix_attention(index, rows * span.new), host

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from flexgen.layout.passes import Passes
 from flexgen.layout.plan import batch_sizes
@@ -29,7 +30,7 @@ from flexgen.schedule.orders import Order
 from flexgen.schedule.steps import Grid, Op, Step, all_steps
 from flexgen.workload import Workload
 
-_Key = tuple[Op, int, int, int, bool]
+_Key = tuple[Op, int, int, tuple[int, int], bool]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class CostedBlock:
         An element may also be a sequence with the token of each batch.
     flushing: the indices of the tokens that write a page.
     batches: the rows of each batch; None divides the prompts by the policy.
+    attending: the rows of each batch over whose cache the decode attends; None is all rows. The others get no token.
     """
 
     prompts: int
@@ -48,6 +50,21 @@ class CostedBlock:
     tokens: Sequence[int | Sequence[int]] | None = None
     flushing: Collection[int] = ()
     batches: Sequence[int] | None = None
+    attending: Sequence[int] | None = None
+
+
+class _Pass(NamedTuple):
+    """The token of each batch in a pass, and the batch that decodes weights for all: the one that computes the most
+    tokens, or the first of these. If any batch is too large for products with encoded weights, it is."""
+
+    tokens: Sequence[int]
+    decoding: int
+
+    @classmethod
+    def of(cls, token: int | Sequence[int], batches: Sequence[int], passes: Passes) -> _Pass:
+        tokens = [token] * len(batches) if isinstance(token, int) else token
+        computed = [rows * passes.span(one).new for rows, one in zip(batches, tokens, strict=True)]
+        return cls(tokens, max(range(len(batches)), key=computed.__getitem__))
 
 
 class StepCosts:
@@ -58,18 +75,20 @@ class StepCosts:
         every_token = range(passes.first, workload.gen_len)
         self._model = model
         self._order = block.order
-        self._batches = block.batches or batch_sizes(policy, block.prompts)
-        self._tokens: Sequence[int | Sequence[int]] = block.tokens or every_token
+        batches = block.batches or batch_sizes(policy, block.prompts)
+        self._rows = list(zip(batches, block.attending or batches, strict=True))
+        tokens: Sequence[int | Sequence[int]] = block.tokens or every_token
+        self._passes = [_Pass.of(token, batches, passes) for token in tokens]
         self._flushing = block.flushing
         self._timed: dict[_Key, Costs] = {}
         self._prefix = PrefixCosts(model, policy, workload)
         self.alike = self._prefix.alike
-        self.weight_pieces = count_pieces(model.layouts, len(self._batches))
-        sizes = set(self._batches)
-        self._cache = CacheCosts(model, policy, workload, sizes, len(self._tokens) == len(every_token))
+        self.weight_pieces = count_pieces(model.layouts, len(batches))
+        sizes = {count for rows in self._rows for count in rows}
+        self._cache = CacheCosts(model, policy, workload, sizes, len(tokens) == len(every_token))
         self._hidden = HiddenCosts(model, policy, passes, sizes, block.order.serial)
         gathers_rows = self._hidden.gathers_rows
-        fixed = FixedCosts(model, policy, workload, self._batches, gathers_rows)
+        fixed = FixedCosts(model, policy, workload, batches, gathers_rows)
         splits = block.order.splits_attention
         self._computation = ComputeCosts(model, self._cache, passes, splits, gathers_rows, fixed)
 
@@ -86,7 +105,7 @@ class StepCosts:
     @property
     def cached_token_bytes(self) -> int:
         """The bytes of one token of a batch of the first size in the cache, in all layers."""
-        rows = self._batches[0]
+        rows, _ = self._rows[0]
         cells = (n for n in self._model.alike.cells if self._model.layers[n].has_cache)
         return sum(s.token_bytes(1) for n in cells for s in self._cache.layout(n, rows).segments)
 
@@ -117,7 +136,7 @@ class StepCosts:
         counts: Counter[_Key] = Counter()
         steps: dict[_Key, Step] = {}
         splits = self._order.splits_attention
-        for step in all_steps(Grid(1, 1, len(self._batches), self.weight_pieces, splits_attention=splits)):
+        for step in all_steps(Grid(1, 1, len(self._rows), self.weight_pieces, splits_attention=splits)):
             weights = step.op is Op.LOAD_WEIGHTS
             for layer in layers if weights else alike:
                 one = Step(step.op, 0, layer, step.batch)
@@ -127,30 +146,28 @@ class StepCosts:
         return [(step, counts[key]) for key, step in steps.items()]
 
     def _key(self, step: Step) -> _Key:
-        """The values that a step's work depends on: (op, layer, token or piece, rows, flag).
+        """The values that a step's work depends on: (op, layer, token or piece, rows and those that attend, flag).
 
-        flag: for computation, whether the batch is the first of its visit; for a store of cache, whether the token
-            represents those that write pages.
+        flag: for computation, whether the batch decodes weights for those of its visit; for a store of cache, whether
+            the token represents those that write pages.
         """
         op, i, j, k = step
         if op is Op.LOAD_WEIGHTS:
-            return op, self.alike.weights[j], k, 0, False
-        token = self._tokens[i]
-        if not isinstance(token, int):
-            token = token[k]
+            return op, self.alike.weights[j], k, (0, 0), False
+        token = self._passes[i].tokens[k]
         match op:
             case Op.LOAD_HIDDEN | Op.STORE_HIDDEN:  # equal between any two layers
                 layer = j if j == self._model.last else min(j, 1)
-                return op, layer, token, self._batches[k], False
+                return op, layer, token, self._rows[k], False
             case Op.COMPUTE | Op.PROJECT:
-                return op, self._model.alike.cells[j], token, self._batches[k], k == 0
+                return op, self._model.alike.cells[j], token, self._rows[k], k == self._passes[i].decoding
             case Op.STORE_CACHE:
-                return op, self._model.alike.cells[j], token, self._batches[k], i in self._flushing
+                return op, self._model.alike.cells[j], token, self._rows[k], i in self._flushing
             case _:
-                return op, self._model.alike.cells[j], token, self._batches[k], False
+                return op, self._model.alike.cells[j], token, self._rows[k], False
 
     def _loads(self, key: _Key) -> Loads:
-        op, layer, token, rows, flag = key
+        op, layer, token, (rows, attending), flag = key
         match op:
             case Op.LOAD_WEIGHTS:
                 weights = self._model.load_weights(layer, token, self.weight_pieces)
@@ -162,11 +179,11 @@ class StepCosts:
             case Op.PROJECT:
                 return self._computation.project(layer, token, rows, flag)
             case Op.ATTEND:
-                return self._computation.attend(layer, token, rows)
+                return self._computation.attend(layer, token, rows, attending)
             case Op.LOAD_ATTENTION:
                 return self._computation.load_attention(layer, token, rows)
             case Op.COMPUTE:
-                return self._computation.compute(layer, token, rows, flag)
+                return self._computation.compute(layer, token, rows, flag, attending)
             case Op.STORE_HIDDEN:
                 return self._hidden.store(layer, token, rows)
             case Op.STORE_CACHE:

@@ -14,7 +14,7 @@ from flexgen.layout.plan import room_sizes
 from flexgen.memory.taken import run_all
 from flexgen.models.layer import AttentionLayer
 from flexgen.runtime.activations import Activations
-from flexgen.runtime.compaction import Moved
+from flexgen.runtime.compaction import Moved, Reseated
 from flexgen.runtime.graphs import CellGraphs
 from flexgen.runtime.kvcache import KVCache
 from flexgen.runtime.lookup import Lookup
@@ -53,10 +53,11 @@ class BlockBuffers:
         self.cache.reset()
         self.activations.regroup(_hidden_layouts(model, batches))
 
-    def divide(self, cells: Sequence[tuple[int, range]]) -> None:
-        """Continue with cells that compute these rows of these batches. No transfer may be in flight."""
+    def divide(self, cells: Sequence[tuple[int, range]], moved: Reseated) -> None:
+        """Continue with cells that compute these rows of these batches, after some have moved. No transfer may be in
+        flight."""
         self.end_run()
-        self.cache.divide(cells)
+        self.cache.divide(cells, moved)
         self.activations.divide(cells)
 
     def regroup(self, model: Model, batches: Sequence[Moved]) -> None:
@@ -96,7 +97,7 @@ class Buffers:
         """Allocate the memory of a block with these batches."""
         self.close()
         machine, slots, dtype = model.machine, model.slots.cells, model.dtype
-        passes = Passes.of(workload, model.policy)
+        passes = Passes.of(workload, model.policy, machine.device.topology)
         attention = {
             j: layer.layer_spec.attention
             for j, layer in enumerate(model.layers)

@@ -23,8 +23,8 @@ from flexgen.memory.taken import Taken, whole_or_closed
 from flexgen.policy import Split, Tier
 from flexgen.runtime.cache_jobs import CacheJobs
 from flexgen.runtime.cell import BoundCell
-from flexgen.runtime.compaction import Moved, gather
-from flexgen.runtime.pages import Page, pages_in
+from flexgen.runtime.compaction import Moved, Reseated, gather
+from flexgen.runtime.pages import Page, copy_row, pages_in
 from flexgen.runtime.parts import Part, Slot
 
 
@@ -215,6 +215,13 @@ class CacheStorage:
     def _show(self, parts: Mapping[tuple[int, int], Sequence[Part]]) -> None:
         self._shown = parts
         self.layouts = self._layouts_of(parts)
+
+    def reseat(self, moved: Reseated) -> None:
+        """Copy the cached tokens of rows to their new places. The cache is in memory, on one tier."""
+        for j in {layer for layer, _ in self._parts}:
+            for (batch, row), (other, place) in moved.places:
+                (old,), (new,) = self._parts[j, batch], self._parts[j, other]
+                copy_row(old.pages, row, new.pages, place, moved.tokens)
 
     def divide(self, cells: Sequence[tuple[int, range]]) -> None:
         """Continue with cells that compute these rows of these batches. `parts` and `layouts` are then those of the

@@ -243,8 +243,9 @@ class Call:
         buffers, batches = self._buffers, batch_sizes(policy, len(prompts))
         buffers.fit(self._model, self._workload, batches, self._workspace)
         shared = buffers.prefix.length if buffers.prefix else 0
-        passes = replace(Passes.of(self._workload, policy), width=width, cached=cached, shared=shared)
         machine, slots = self._model.machine, self._model.slots.cells
+        passes = Passes.of(self._workload, policy, machine.device.topology)
+        passes = replace(passes, width=width, cached=cached, shared=shared)
         self._prompts = Prompts(prompts, batches, passes, self._pad_id, machine, slots)
         if pool := self._block.pool:
             self._prompts.seating = Seating(pool)
@@ -262,15 +263,13 @@ class Call:
         self.timing.counted = self.timing.total
         self.timing.prefill += self._elapsed() - self.timing.total  # the preparation
         if prompts.by_place:
-            prompts.seat(prompts.batches, prompts.first)
-            self._block.divide(prompts.cells)
+            self._seat(prompts, prompts.batches, prompts.first)
         self._block.expect(tokens)
         generation = self._execute(prompts, tokens, output, prompts.first)
         while generation.following:
             number = generation.next
             if prompts.by_place:
-                prompts.seat(generation.following, number)
-                self._block.divide(prompts.cells)
+                self._seat(prompts, generation.following, number)
             elif generation.following != prompts.batches:
                 if (restarted := prompts.restart(generation.following)) is not None:
                     self.timing.ran.append(number)
@@ -326,6 +325,11 @@ class Call:
             if self._check is not None:
                 self._check()
             yield step
+
+    def _seat(self, prompts: Prompts, batches: list[list[int]], number: int) -> None:
+        """Run with these rows in the places of the batches from pass `number` on. No step may be in flight."""
+        moved = prompts.seat(batches, number)
+        self._block.divide(prompts.cells, moved)
 
     def _regroup(self, prompts: Prompts, batches: list[list[int]], token: int) -> None:
         """Run only these rows from `token` on. No step may be in flight."""

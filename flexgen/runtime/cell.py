@@ -113,6 +113,17 @@ class BoundCell:
             return self.guesses.lengths[rows.start : rows.stop]
         return self.column or self.span.length
 
+    def contexts(self, rows: range) -> Tensor:
+        """(rows,) int64 in host memory: the columns of each row before the new tokens to which attention applies, if
+        rows have different numbers of cached tokens.
+
+        They are `lengths`. For a row that gets no token, they are only the padding: its result is not used, so its
+        cache need not be read. Jobs of the cell may call it, see `lengths`.
+        """
+        assert self.guesses is not None
+        here = slice(rows.start, rows.stop)
+        return torch.where(self.guesses.idle[here], self.padding.on_host[here], self.guesses.lengths[here])
+
     def own(self, scoring: Scoring) -> Scoring:
         """The scoring of attention over the tokens of the cache."""
         return scoring if self.prefix is None else scoring.after(self.prefix.length)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from flexgen.layout.cache import CacheSegment
 from flexgen.memory.device import ComputeDevice
 from flexgen.policy import Tier
 from flexgen.runtime.pages import Page, pick
+from flexgen.schedule.admission import Place
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,14 @@ class Moved:
     def of(self, batch: int, within: range) -> list[int]:
         """The rows of `batch` that move, if they are in `within`."""
         return [row for source, row in self.rows if source == batch and row in within]
+
+
+class Reseated(NamedTuple):
+    """Rows that continue in other places of a block: the old and the new place of each, which nothing else uses.
+    `tokens`: the columns of the cache that the longest of them has."""
+
+    places: Sequence[tuple[Place, Place]]
+    tokens: int
 
 
 def gather(

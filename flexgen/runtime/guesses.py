@@ -61,7 +61,8 @@ class NewIdsOfPass:
     newest (rows, 1) int64: the newest id of each row. ids (rows, 1 + guess): the same with the guesses after it; rows
     with fewer guesses have any ids at the end. lengths (rows,) int64: the columns of the cache before them. All are
     in host memory. guessed: the number of guesses of each row. first: the number of the new token that follows the
-    newest id. The previous pass of the batch fills these before a job of this pass reads them.
+    newest id. idle (rows,) bool: the rows that get no token, because they have ended or because their prompt is not
+    computed yet. The previous pass of the batch fills these before a job of this pass reads them.
 
     span: the columns for which data moves. Its length is at least that of the longest row. drawn (rows, new): the
     chosen ids in host memory. `Guesses.bind` sets both.
@@ -72,6 +73,7 @@ class NewIdsOfPass:
     lengths: Tensor
     guessed: list[int]
     first: list[int]
+    idle: Tensor
     span: Span = Span(0, 0)
     drawn: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
@@ -124,7 +126,8 @@ class _Passes:
         rows = self._rows
         newest, ids = (torch.zeros(rows, n, dtype=torch.int64) for n in (1, 1 + self._guess))
         lengths = torch.full((rows,), self._width, dtype=torch.int64)
-        return NewIdsOfPass(newest, ids, lengths, [0] * rows, [token] * rows)
+        idle = torch.zeros(rows, dtype=torch.bool)
+        return NewIdsOfPass(newest, ids, lengths, [0] * rows, [token] * rows, idle)
 
 
 class _Right:
@@ -161,6 +164,7 @@ class Guesses:
         self._lengths = list(self._counts)
         self._ids = [np.concatenate([prompt, np.zeros(tokens, np.int64)]) for prompt in prompts]
         self._right = [_Right() for _ in prompts]
+        self._ended: Collection[int] = ()
         self._passes: WeakKeyDictionary[Rows, _Passes] = WeakKeyDictionary()
 
     def _of(self, batch: Rows) -> _Passes:
@@ -186,12 +190,13 @@ class Guesses:
         """Accept the first new id of each row of the batch. ended: the rows that have ended."""
         for row, id in zip(batch.rows, ids, strict=True):
             self._add(row, id)
-        self._follow(batch, 1, ended)
+        self._ended = ended
+        self._follow(batch, 1)
 
     def move(self, batch: Rows, token: int) -> int:
         """Continue with pass `token` of a new batch of rows that had others before. Returns the columns of the cache
         that its longest row has."""
-        self._follow(batch, token, ended=())
+        self._follow(batch, token)
         return self._of(batch).known.longest
 
     def seat(self, batch: Rows, token: int) -> None:
@@ -200,7 +205,7 @@ class Guesses:
         A row whose prompt is not computed yet stays in a column that no token uses.
         """
         self._passes.pop(batch, None)
-        self._follow(batch, token, ended=())
+        self._follow(batch, token)
 
     def accepted(
         self, batch: Rows, token: int, drawn: Sequence[Sequence[int]]
@@ -227,7 +232,8 @@ class Guesses:
             for id in some:
                 self._add(row, id)
             self.kept += max(len(some) - 1, 0)
-        self._follow(batch, token + 1, ended)
+        self._ended = ended
+        self._follow(batch, token + 1)
 
     def new(self, row: int) -> int:
         """The number of new tokens of a row so far."""
@@ -237,14 +243,14 @@ class Guesses:
         self._ids[row][self._lengths[row]] = id
         self._lengths[row] += 1
 
-    def _follow(self, batch: Rows, token: int, ended: Collection[int]) -> None:
+    def _follow(self, batch: Rows, token: int) -> None:
         """Fill the pass `token` of a batch."""
         passes = self._of(batch)
         following, expected, computed = passes.of(token), 0.0, list[list[int]]()
         for n, row in enumerate(batch.rows):
             so_far, new = self._ids[row][: self._lengths[row]], self.new(row)
             # The last token of a row needs no guess after it.
-            most = 0 if row in ended else max(min(self.guess, self.tokens - new - 1), 0)
+            most = 0 if row in self._ended else max(min(self.guess, self.tokens - new - 1), 0)
             guesses = list(self._propose(so_far, most))[:most] if most else []
             following.guessed[n], following.first[n] = len(guesses), new
             computed.append([int(so_far[-1]), *guesses, *[int(so_far[-1])] * (self.guess - len(guesses))])
@@ -255,5 +261,7 @@ class Guesses:
         unused = batch.width + self.tokens - 1
         lengths = [batch.width + new - 1 if new else unused for new in following.first]
         following.lengths.copy_(torch.tensor(lengths))
-        live = sum(row not in ended for row in batch.rows)
+        live = sum(row not in self._ended for row in batch.rows)
+        idle = [row in self._ended or not new for row, new in zip(batch.rows, following.first, strict=True)]
+        following.idle.copy_(torch.tensor(idle))
         passes.known = _Known(token, max(lengths), expected > 0 and expected >= _WORTH * live)

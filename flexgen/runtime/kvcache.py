@@ -35,7 +35,7 @@ from flexgen.runtime.attention_outputs import AttentionOutput, OnDevice, togethe
 from flexgen.runtime.cache_jobs import CacheJobs
 from flexgen.runtime.cache_storage import CacheStorage
 from flexgen.runtime.cell import BoundCell
-from flexgen.runtime.compaction import Moved
+from flexgen.runtime.compaction import Moved, Reseated
 from flexgen.runtime.host_attention import HostAttention
 from flexgen.runtime.pages import (
     Bring,
@@ -133,8 +133,9 @@ class KVCache:
         self._storage.regroup(batches, split)
         self.host.regroup(self._storage.segments())
 
-    def divide(self, cells: Sequence[tuple[int, range]]) -> None:
-        """Continue with cells that compute these rows of these batches."""
+    def divide(self, cells: Sequence[tuple[int, range]], moved: Reseated) -> None:
+        """Continue with cells that compute these rows of these batches, after some have moved."""
+        self._storage.reseat(moved)
         self._storage.divide(cells)
         self.host.regroup(self._storage.segments())
 

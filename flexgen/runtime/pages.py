@@ -107,6 +107,13 @@ def _whole(page: Page) -> Tensor:
     return k.as_strided((2 * rows, *k.shape[1:]), k.stride())
 
 
+def copy_row(source: Sequence[Page], row: int, target: Sequence[Page], place: int, tokens: int) -> None:
+    """Copy the first `tokens` stored tokens of a row to another place, in pages of the same form."""
+    for (_, *held), (_, *room) in zip(_parts(source, 0, tokens), _parts(target, 0, tokens), strict=True):
+        for part, there in zip(held, room, strict=True):
+            there[place].copy_(part[row])
+
+
 def pick(
     pages: Sequence[Page], rows: Sequence[int], begin: int, end: int
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -216,9 +223,7 @@ def attend_by_row(
 ) -> AttentionOutput:
     """`attend` for rows with different numbers of cached tokens. The pages have all tokens, and q and the result
     (rows, heads, new, head_dim) the new ones."""
-    lengths = cell.lengths(segment.rows)
-    assert isinstance(lengths, Tensor)
-    lengths = lengths.to(q.device) + q.shape[2]
+    lengths = cell.contexts(segment.rows).to(q.device) + q.shape[2]
     kernel = decode_attention if cell.prefix is None else decode_part
     return kernel(q, pages, lengths, cell.padding.of(segment.rows, q.device), scoring, segment.heads)
 

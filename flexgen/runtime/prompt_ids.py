@@ -36,6 +36,11 @@ class PromptIds:
         self.entered = False
         self._device = device
 
+    @property
+    def sizes(self) -> list[int]:
+        """The number of places of each batch in which prompts enter by `part`."""
+        return [len(room) // self._passes.width for room in self.rooms]
+
     def batch(self, rows: Sequence[int], room: int, began: int) -> Batch:
         """A batch of prompts that are computed next, with padded ids in memory number `room`."""
         lengths = tuple(len(self._prompts[row]) for row in rows)

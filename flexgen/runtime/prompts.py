@@ -21,11 +21,11 @@ from flexgen.memory.transfer import Chains, bind
 from flexgen.results.report import Stage
 from flexgen.runtime.batches import Batch, CellRows
 from flexgen.runtime.cell import BoundCell
-from flexgen.runtime.compaction import Moved
+from flexgen.runtime.compaction import Moved, Reseated
 from flexgen.runtime.guesses import Guesses
 from flexgen.runtime.prompt_ids import PromptIds
 from flexgen.runtime.seating import Seating
-from flexgen.schedule.admission import between, entry_cells, reseated
+from flexgen.schedule.admission import between, closed_up, entry_cells, movers, reseated
 
 
 class Prompts:
@@ -197,30 +197,47 @@ class Prompts:
         """The row in each place of each batch for the next pass, [] if no row is left, and None if the cells stay the
         same. ended: whether a row has ended."""
         waiting = [row for rows in self.waiting for row in rows]
-        seated = reseated(self.batches, ended, self._new, waiting, self._passes.rows)
+        rest = ended, self._new, waiting, self._passes.rows
+        if self._passes.closes_up:
+            seated = closed_up(self.batches, self._ids.sizes, *rest)
+        else:
+            seated = reseated(self.batches, *rest)
         if not any(seated):
             return []
         here = {cell.number for cell in self._cells}
         same = all(not rows if k not in here else rows == self.batches[k] for k, rows in enumerate(seated))
         return None if same and not self._enters else seated
 
-    def seat(self, batches: Sequence[Sequence[int]], number: int) -> None:
-        """Continue from pass `number` with these rows in the places of each batch, [] for a batch that has ended."""
+    def seat(self, batches: Sequence[Sequence[int]], number: int) -> Reseated:
+        """Continue from pass `number` with these rows in the places of each batch, [] for a batch that has ended.
+
+        Returns the rows whose cached tokens must move.
+        """
         assert self.guesses is not None
         passes, new, here = self._passes, self._new, list[CellRows]()
+        moving = movers(self.batches, batches, new)
         for k, rows in enumerate(batches):
-            if rows and tuple(rows) != self._batches[k].rows:
+            if tuple(rows) != self._batches[k].rows:
                 self._batches[k] = self._ids.places(rows, k)
-            if any(new[row] for row in rows):
-                here.append(CellRows(k, range(len(rows)), self._batches[k]))
-                self.guesses.seat(self._batches[k], number)
+            if count := sum(new[row] > 0 for row in rows):
+                places, own = range(len(rows)), self._batches[k]
+                if passes.closes_up and count < len(rows):  # the others enter, after them
+                    places, own = range(count), self._ids.places(rows[:count], k)
+                here.append(CellRows(k, places, own))
+                self.guesses.seat(own, number)
         seated = {row for rows in batches for row in rows}
         later = [rows for rows in self.waiting if rows[0] not in seated]
         self._ids.entered |= len(later) < len(self.waiting)
         self.waiting = later
-        cells = entry_cells(batches, new, passes.rows, passes.rows_of_cell)
+
+        def together(rows: Sequence[int]) -> bool:
+            return passes.together([self.lengths[row] for row in rows])
+
+        cells = entry_cells(batches, new, passes.rows, together)
         parts = [CellRows(k, places, self._ids.part(self._batches[k], places, number)) for k, places in cells]
         self._cells = between(here, parts)
+        longest = max((new[row] for row in moving), default=0)
+        return Reseated(list(moving.values()), passes.width + longest)
 
     def entering(self, number: int) -> list[int]:
         """The batches whose prompts are not computed yet before pass `number`."""

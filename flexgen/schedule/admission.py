@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from itertools import islice
+from collections.abc import Callable, Collection, Sequence
+from itertools import accumulate, islice
 from typing import TypeVar
 
 _T = TypeVar("_T")
+
+Place = tuple[int, int]
+"""The number of a batch, and that of a row in it."""
 
 _PAID_BACK = 2
 """The number of tokens after which compaction pays off. It reads and writes the cache of the remaining rows once.
@@ -101,24 +104,75 @@ def reseated(
     return seated
 
 
+def closed_up(
+    batches: Sequence[Sequence[int]],
+    sizes: Sequence[int],
+    ended: Sequence[bool],
+    computed: Sequence[int],
+    waiting: Sequence[int],
+    rows: int,
+) -> list[list[int]]:
+    """`reseated` for a block whose rows move to its first places when others have ended.
+
+    As few rows as possible move: the last ones, to the places of those that have ended. Rows whose prompts are not
+    computed yet come after them. sizes: the number of places of each batch, of which the result has only those with a
+    row.
+    """
+    stay = {
+        begin + n: row
+        for begin, batch in zip(accumulate(sizes, initial=0), batches, strict=False)
+        for n, row in enumerate(batch)
+        if computed[row] and not ended[row]
+    }
+    moving = (row for place, row in stay.items() if place >= len(stay))
+    seated = [stay[place] if place in stay else next(moving) for place in range(len(stay))]
+    seated += (row for batch in batches for row in batch if not computed[row])
+    room = min(len(stay) + rows, sum(sizes)) - len(seated)
+    following = iter([*seated, *waiting[: max(room, 0)]])
+    return [list(islice(following, size)) for size in sizes]
+
+
+def movers(
+    before: Sequence[Sequence[int]], after: Sequence[Sequence[int]], computed: Sequence[int]
+) -> dict[int, tuple[Place, Place]]:
+    """The old and the new place of each row that moves with its cache, by row."""
+    old, new = (
+        {row: (k, n) for k, batch in enumerate(batches) for n, row in enumerate(batch)}
+        for batches in (before, after)
+    )
+    return {row: (old[row], at) for row, at in new.items() if computed[row] and old[row] != at}
+
+
 def entry_cells(
-    batches: Sequence[Sequence[int]], computed: Sequence[int], rows: int, together: int
+    batches: Sequence[Sequence[int]],
+    computed: Sequence[int],
+    rows: int,
+    together: Callable[[Sequence[int]], bool],
 ) -> list[tuple[int, range]]:
     """The cells in which the next pass computes prompts: batch, and adjacent places of it.
 
-    computed, rows: as for `reseated`. together: the maximum number of prompts of a cell.
+    computed, rows: as for `reseated`. together: whether these rows may form a cell.
     """
     cells: list[tuple[int, range]] = []
     places = ((k, n) for k, batch in enumerate(batches) for n, row in enumerate(batch) if not computed[row])
     for k, n in islice(places, rows):
-        if cells and cells[-1][0] == k and cells[-1][1].stop == n and len(cells[-1][1]) < together:
-            cells[-1] = k, range(cells[-1][1].start, n + 1)
+        batch, before = cells[-1] if cells else (k, range(0))
+        if cells and (batch, before.stop) == (k, n) and together(batches[k][before.start : n + 1]):
+            cells[-1] = k, range(before.start, n + 1)
         else:
             cells.append((k, range(n, n + 1)))
     return cells
 
 
-def between(many: Sequence[_T], few: Sequence[_T]) -> list[_T]:
-    """The elements of both sequences in one, those of each in order and evenly spread."""
-    places = [((n + 0.5) / len(some), some is few, n) for some in (many, few) for n in range(len(some))]
-    return [few[n] if is_few else many[n] for _, is_few, n in sorted(places)]
+def between(decoding: Sequence[_T], entering: Sequence[_T]) -> list[_T]:
+    """The cells of a pass in the order in which they run: those of each kind in order and evenly spread.
+
+    If there are as many of both, one that enters is first. The device has it to compute while the host computes the
+    first attention of the pass.
+    """
+    cells = [
+        ((n + 0.5) / len(some), first, n, cell)
+        for first, some in enumerate((entering, decoding))
+        for n, cell in enumerate(some)
+    ]
+    return [cell for *_, cell in sorted(cells, key=lambda cell: cell[:3])]

@@ -137,20 +137,25 @@ def overlap_single_batch(grid: Grid) -> Iterator[Step]:
     """While a layer computes, load the next cell's cache and the next weights that have a free slot.
 
     Hidden states go straight from one layer to the next: with one batch, there is no other computation that could
-    hide their transfer.
+    hide their transfer. If attention is a step of its own, its output comes before these weights: otherwise the layer
+    would wait for all of them, and then the link for the layer, which has the slot of the weights after them.
     """
     yield from (Step(Op.LOAD_WEIGHTS, 0, 0, piece) for piece in range(grid.weight_pieces))
     yield Step(Op.LOAD_CACHE, 0, 0, 0)
     for cell, arriving in zip(grid.cells(), arriving_weights(grid), strict=True):
         i, j, k = cell
         yield Step(Op.LOAD_HIDDEN, i, j, k)  # first: rows of a table on disk use the same lane
-        yield from arriving
+        if not grid.splits_attention:
+            yield from arriving
         following = grid.cell_after(cell, 1)
         # With one layer and one batch, the next cell reads the cache that this one stores: no early load.
         early = following is not None and following[1:] != cell[1:]
         if following and early:
             yield Step(Op.LOAD_CACHE, *following)
-        yield from (Step(op, i, j, k) for op in (*grid.computing, *STORES))
+        yield from (Step(op, i, j, k) for op in grid.computing[:-1])
+        if grid.splits_attention:
+            yield from arriving
+        yield from (Step(op, i, j, k) for op in (Op.COMPUTE, *STORES))
         if following and not early:
             yield Step(Op.LOAD_CACHE, *following)
 
@@ -188,14 +193,22 @@ def overlap_cpu_attention(grid: Grid) -> Iterator[Step]:
     # PROJECT instead: then neither the device nor the host waits while queries and outputs cross the link.
     lag = 2 if in_hand > 3 else 1
     ahead = 1 if in_hand > lag + 1 else 0  # how far a cell's loads are ahead of it
+    # With two cells of which one enters, the host stores its keys and values. Issued before the attention of the
+    # other cell, this would delay it. Issued after it, the host does it while the device computes between two
+    # attentions.
+    late = grid.splits_attention and grid.batches == 2 and grid.layers > 1 and grid.cell_slots > 3
+    stores = 3 if late else lag
     yield from (Step(Op.LOAD_WEIGHTS, 0, 0, piece) for piece in range(grid.weight_pieces))
     yield from (Step(op, *cell) for n in range(ahead) if (cell := grid.cell(n)) for op in LOADS)
     carrier = 0  # the cell with which the next weights are issued
-    for n in range(grid.tokens * grid.layers * grid.batches + lag):
+    for n in range(grid.tokens * grid.layers * grid.batches + stores):
         if following := grid.cell(n + ahead):
             yield from (Step(op, *following) for op in LOADS)
         cell, before, oldest = grid.cell(n), grid.cell(n - 1), grid.cell(n - lag)
-        rest = [Step(op, *oldest) for op in (Op.COMPUTE, *STORES)] if oldest else []
+        rest = [Step(op, *oldest) for op in (Op.COMPUTE, Op.STORE_HIDDEN)] if oldest else []
+        if stored := grid.cell(n - stores):
+            cached = [Step(Op.STORE_CACHE, *stored)]
+            rest = [*rest, *cached] if stores == lag else [*cached, *rest]
         if cell and grid.splits_attention:
             yield Step(Op.PROJECT, *cell)
         if lag > 1:

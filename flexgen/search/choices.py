@@ -18,7 +18,7 @@ from flexgen.predict.job import Job
 from flexgen.predict.refill import refills
 from flexgen.quant import CODECS, head_format
 from flexgen.search.linear import CLASSES, Column, Shares
-from flexgen.search.moves import Short, refused, traded
+from flexgen.search.moves import Short, refused, traded, with_room
 
 _MOST_BATCHES = 64
 """The maximum number of batches. Beyond it, sharing a load of weights among more batches saves almost nothing."""
@@ -45,6 +45,8 @@ def with_guesses(policy: Policy, spec: ModelSpec) -> Iterator[Policy]:
 _RATES = (0.75, 1.25, 1.5)
 """Numbers of prompts that enter in a pass, as multiples of those that end in one. Fewer leave places empty, but more
 fill them earlier."""
+_ONE_BATCH = (32, 64, 128)
+"""Numbers of rows of one batch that closes up, besides the number of places of the best block."""
 _FEWEST_BLOCKS = 2
 """The number of blocks of prompts from which prompts may enter at a rate. Half of the places are empty while they are
 filled and again in the end, for as many passes as answers have tokens."""
@@ -80,14 +82,14 @@ class Choices:
             for sep_layer in apart if "sep_layer" not in self.fixed else (form.sep_layer,):
                 one = form.replace(attend_on=attend_on, sep_layer=sep_layer)
                 yield one
-            if self._may_enter(one):  # if the host attends, only with whole layers, which overlap better
+            # A host that is the compute device is busy all the time; see `closing_up` for what helps there.
+            if not self._shared and self._may_enter(one):  # if the host attends, only with whole layers
                 # The number depends on the shape.
                 yield one.replace(prefill_rows=1, activations={Tier.GPU: 100})
 
     def _may_enter(self, form: Policy) -> bool:
-        """Whether prompts may enter at a rate. A host that is the compute device is busy all the time, so it would
-        not help there."""
-        chosen = "prefill_rows" not in self.fixed and not self._shared and form.attn_sparsity == 1
+        """Whether prompts may enter in the places of single rows."""
+        chosen = "prefill_rows" not in self.fixed and form.attn_sparsity == 1
         on_disk = "cache" in self.fixed and form.cache.percent(Tier.DISK)
         elsewhere = "activations" in self.fixed and form.activations.percent(Tier.GPU) < 100
         stretches = self._job.spec.stretches(self._job.workload.capacity)
@@ -109,19 +111,47 @@ class Choices:
         mean = workload.mean_new or workload.gen_len
         return shaped.replace(prefill_rows=max(round(shaped.block_size / mean), 1))
 
+    def places(self, form: Policy) -> Iterator[Policy]:
+        """`form` with the numbers of places for about as many prompts that enter in each pass, one less to two more.
+
+        The rows that end in a pass are then a whole number, so that prompts enter in all of their places."""
+        if not form.prefill_rows or self.fixed & {"prefill_rows", "gpu_batch_size"}:
+            return
+        mean, batches = self._job.workload.mean_new or self._job.workload.gen_len, form.num_gpu_batches
+        for entering in range(max(form.prefill_rows - 1, 1), form.prefill_rows + 3):
+            shaped = self.shaped(form, math.ceil(entering * mean / batches), batches)
+            if shaped and shaped != form:
+                yield shaped
+
     def alike(self, policy: Policy, short: Short) -> Iterator[Policy]:
-        """`policy` with other rates at which prompts enter, then with its cache in the place of weights, and with
-        guesses."""
+        """`policy` with other rates at which prompts enter or rows that close up, then with its cache in the place of
+        weights, and with guesses."""
         yield from self.rates(policy)
+        yield from self.closing_up(policy)
         if policy.prefill_rows and not self.fixed & {"weights", "cache"}:
             yield from traded(policy, self.tiers, short)
-        yield from self.guessing(policy)
+        for guessing in self.guessing(policy):
+            room = guessing if "weights" in self.fixed else with_room(guessing, self.tiers, short)
+            if room is not None:
+                yield room
 
     def rates(self, policy: Policy) -> Iterator[Policy]:
         """`policy` with other numbers of prompts that enter in a pass."""
         if policy.prefill_rows and "prefill_rows" not in self.fixed:
             for times in _RATES:
                 yield policy.replace(prefill_rows=max(round(times * policy.prefill_rows), 1))
+
+    def closing_up(self, policy: Policy) -> Iterator[Policy]:
+        """`policy` with one batch whose rows close up, and in which a prompt enters as soon as a row has ended."""
+        workload, topology = self._job.workload, self._job.hardware.topology
+        given = self.fixed & {"gpu_batch_size", "num_gpu_batches"} or policy.cache.percent(Tier.DISK)
+        if given or workload.mean_new is None or not self._may_enter(policy):
+            return
+        for rows in sorted({policy.block_size, *_ONE_BATCH}):
+            shape = dict(gpu_batch_size=rows, num_gpu_batches=1, prefill_rows=rows)
+            one = policy.replace(activations={Tier.GPU: 100}, **shape)
+            if topology.closes_up(one) and rows <= min(workload.num_prompts, self._job.spec.chunk_tokens):
+                yield one
 
     def guessing(self, policy: Policy) -> Iterator[Policy]:
         """`policy` with numbers of guesses, if the workload says how many of them are right."""

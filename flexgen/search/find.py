@@ -10,18 +10,18 @@ import itertools
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from flexgen.errors import CapacityError
 from flexgen.layout.fitting import parts_of
 from flexgen.models import ModelSpec
-from flexgen.policy import Auto, Policy, Split, Tier
+from flexgen.policy import Auto, Policy, Tier
 from flexgen.predict.hardware import Hardware
 from flexgen.predict.job import Job
-from flexgen.predict.prediction import Prediction
 from flexgen.schedule.orders import Slots
+from flexgen.search.candidates import Candidate, Search
 from flexgen.search.choices import Choices, reserves
 from flexgen.search.effort import THOROUGH, Effort, without_collections
 from flexgen.search.limits import limits_in_words
@@ -39,83 +39,12 @@ _REORDERED = 2
 _OWN_ORDER = 0.01
 """The share of the time by which another order must be faster than the policy's own order. A policy file does not
 store an order, so you have to pass it to every run."""
+_REFINED = 3
+"""The number of best shapes to improve, and to try with other numbers of places if prompts enter at a rate."""
+_ROUNDS = 3
+"""The maximum number of times that the winner is replaced by a similar policy."""
 _STEPS = 100.0, 20.0, 5.0, 1.0
 """The percentages to move in one step to improve the winner. The first moves everything on a tier."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A policy that the search found.
-
-    policy: the policy.
-    order: the name of its order.
-    prediction: its prediction for the whole workload.
-    limits: sentences that explain why it is not faster.
-    """
-
-    policy: Policy
-    order: str
-    prediction: Prediction
-    limits: tuple[str, ...]
-
-    @property
-    def tokens_s(self) -> float:
-        """Predicted new tokens per second."""
-        return self.prediction.report.throughput_tokens_s
-
-    def placement(self) -> str:
-        """The placement as text, such as "weights 30% gpu, 70% cpu in int4; cache ..."."""
-        return "; ".join(f"{what} {_split(getattr(self.policy, what))}" for what in CLASSES)
-
-
-@dataclass(frozen=True)
-class Search:
-    """The result of a search.
-
-    best: the fastest candidate.
-    runners_up: the next candidates, best first.
-    considered: the number of linear programs that were solved, for block shapes, devices of attention and orders.
-    seconds: the time of the search.
-    """
-
-    best: Candidate
-    runners_up: tuple[Candidate, ...]
-    considered: int
-    seconds: float
-
-    def joined(self, other: Search, top: int) -> Search:
-        """The best `top` candidates of two searches of one job."""
-        every = (self.best, *self.runners_up, other.best, *other.runners_up)
-        best, *others = sorted(every, key=lambda one: one.prediction.report.total_s)[: max(top, 1)]
-        return Search(best, tuple(others), self.considered + other.considered, self.seconds + other.seconds)
-
-    def line(self) -> str:
-        """The best candidate in one line."""
-        best, policy = self.best, self.best.policy
-        return (
-            f"{best.placement()}; {policy.num_gpu_batches} x {policy.gpu_batch_size} prompts; {best.order}; "
-            f"predicted {best.tokens_s:.4g} tokens/s, bound by {best.prediction.report.bottleneck}"
-        )
-
-    def table(self) -> str:
-        """A table of the candidates, best first."""
-        rows = [("tokens/s", "prompts", "order", "bound by", "placement")]
-        for candidate in (self.best, *self.runners_up):
-            policy, report = candidate.policy, candidate.prediction.report
-            shape = f"{policy.num_gpu_batches} x {policy.gpu_batch_size}"
-            bound = str(report.bottleneck)
-            rows.append((f"{candidate.tokens_s:.4g}", shape, candidate.order, bound, candidate.placement()))
-        widths = [max(len(row[n]) for row in rows) for n in range(4)]
-        return "\n".join("  ".join([*map(str.ljust, row, widths), row[4]]) for row in rows)
-
-
-def _split(split: Split) -> str:
-    parts = []
-    for tier in Tier:
-        if percent := split.percent(tier):
-            codec = "" if split[tier].codec == "none" else f" in {split[tier].codec}"
-            parts.append(f"{percent:g}% {tier}{codec}")
-    return ", ".join(parts)
 
 
 def find_policy(
@@ -151,6 +80,11 @@ def find_for_job(
     effort: how much to compute.
     """
     found = _find(job, auto, top, slots, effort)
+    if auto.lossy and found.best.policy.prefill_rows:
+        # The linear program does not count that weights are decoded in each pass in which prompts enter, so it ranks
+        # codecs too high.
+        with suppress(CapacityError):
+            found = found.joined(_find(job, replace(auto, lossy=False), top, slots, effort), top)
     for reserved in reserves(job, auto):
         reserving = replace(auto, fixed={**auto.fixed, "reserve_new": reserved})
         with suppress(CapacityError):
@@ -258,23 +192,64 @@ class _Finder:
         if self._choices.joins_layers:
             self._try_units()
         self._try_orders()
-        first, *others = sorted(self._tried, key=self._score)
-        best = self._in_best_order(self._improved(first))
+        contenders = self._contenders()
+        leading = contenders[:_REFINED]
+        improved = [self._in_best_order(self._improved(run)) for run in leading]
+        # The small model, by which they were improved, is not exact.
+        best = improved[0] if len(leading) == 1 else min([*improved, *leading], key=self._whole)
+        others = [
+            *contenders,
+            *(run for run in sorted(self._tried, key=self._score) if run not in contenders),
+        ]
         kept, laid_out = [best], simulations.cells(best.policy)[0]
         for run in others:
-            if len(kept) < top and (len(kept) < 2 or laid_out < self._effort.last_cells):
+            if run != best and len(kept) < top and (len(kept) < 2 or laid_out < self._effort.last_cells):
                 kept.append(run)
                 laid_out += simulations.cells(run.policy)[0]
-        best = min(kept, key=lambda run: simulations.prediction(run).report.total_s * self._handicap(run))
-        alike = self._choices.alike(best.policy, self._short_in(best.order))
-        fastest = simulations.fastest(best, [best._replace(policy=policy) for policy in alike])
-        self._tried[fastest] = self._tried[best]
+        best = min(kept, key=self._whole)
+        starts = [best]
+        if self._job.workload.copied > 1:  # a shape that is faster with guesses may be slower without them
+            others = [run for run in sorted(self._tried, key=self._score) if run.policy != best.policy]
+            starts += others[:_REFINED]
+        fastest = min(map(self._fastest_alike, starts), key=self._whole)
         kept = [fastest, *(run for run in kept if run not in (best, fastest))]
         candidates = {run: self._candidate(run) for run in kept}
         took = {run: made.prediction.report.total_s for run, made in candidates.items()}
         first, *others = sorted(kept, key=lambda run: took[run] * self._handicap(run))
         # A candidate that is faster only without the handicap of its order is not a runner-up.
         return [candidates[run] for run in (first, *others) if took[run] >= took[first]]
+
+    def _contenders(self) -> list[Run]:
+        """The best runs by their predicted time for the whole model, best first: as many as the effort allows. With
+        one, it is the best by the ranking.
+
+        Passes in which prompts enter lose time where they begin and end. This time does not depend on the number of
+        layers, so it is a larger share in a model of few layers.
+        """
+        some, laid_out = list[Run](), 0
+        for run in sorted(self._tried, key=self._score):
+            laid_out += self._simulations.cells(run.policy)[0]
+            if some and laid_out > self._effort.last_cells:
+                break
+            some.append(run)
+        if len(some) == 1:
+            return some
+        before = set(self._tried)
+        for solved in [self._tried[run] for run in sorted(some, key=self._whole)[:_REFINED]]:
+            for form in self._choices.places(solved.form):
+                if other := self._programs.of(form, solved.order):
+                    self._try(other)
+        return sorted([*some, *(run for run in self._tried if run not in before)], key=self._whole)
+
+    def _fastest_alike(self, best: Run) -> Run:
+        """The fastest of `best` and similar policies, again and again while it changes."""
+        for _ in range(_ROUNDS):
+            alike = self._choices.alike(best.policy, self._short_in(best.order))
+            fastest = self._simulations.fastest(best, [best._replace(policy=policy) for policy in alike])
+            if fastest == best:
+                break
+            self._tried[fastest], best = self._tried[best], fastest
+        return best
 
     def _try(self, solved: Solved) -> None:
         for run, own in self._runs(solved):
@@ -325,6 +300,10 @@ class _Finder:
 
     def _score(self, run: Run) -> float:
         return self._took[run] * self._handicap(run)
+
+    def _whole(self, run: Run) -> float:
+        """As `_score`, for the whole model."""
+        return self._simulations.prediction(run).report.total_s * self._handicap(run)
 
     def _handicap(self, run: Run) -> float:
         """The factor of a run's time in the ranking: above 1 if the order is not the policy's own."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from flexgen.errors import CapacityError, RequestError
 from flexgen.policy import Policy, Tier
-from flexgen.search.find import Search
+from flexgen.search.candidates import Search
 from flexgen.units import format_seconds
 from flexgen.workload import Workload
 

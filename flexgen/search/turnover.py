@@ -15,7 +15,7 @@ import numpy as np
 
 from flexgen.layout.passes import Passes
 from flexgen.policy import Policy
-from flexgen.predict.refill import refilled_passes
+from flexgen.predict.refilled_passes import refilled_passes
 from flexgen.workload import Workload
 
 _PLACES = 128

@@ -16,7 +16,8 @@ from flexgen.errors import FlexGenError, RequestError
 from flexgen.policy import Auto
 from flexgen.predict.job import Job
 from flexgen.results.report import Report
-from flexgen.search.find import Candidate, Search, find_for_job
+from flexgen.search.candidates import Candidate, Search
+from flexgen.search.find import find_for_job
 from flexgen.tuning.correct import Seen, corrected
 from flexgen.tuning.guesses import GuessRuns, run_guesses
 from flexgen.tuning.trial import Shape, predicted_trial, run_trial, shape_for

@@ -19,7 +19,7 @@ from flexgen.layout.passes import Passes
 from flexgen.layout.prefix import SHORTEST
 from flexgen.memory.disk import DiskIO
 from flexgen.policy import Policy
-from flexgen.predict.refill import refilled_passes
+from flexgen.predict.refilled_passes import refilled_passes
 from flexgen.results.report import Stage
 from flexgen.runtime.choice import Choice, Limited, NewIds, Sampled
 from flexgen.runtime.request import read_request

@@ -21,7 +21,7 @@ from flexgen.layout.passes import Passes
 from flexgen.layout.plan import room_sizes
 from flexgen.layout.prefix import SHORTEST
 from flexgen.policy import Policy, Tier
-from flexgen.predict.refill import refilled_passes
+from flexgen.predict.refilled_passes import refilled_passes
 from flexgen.runtime.choice import Choice, Limited, NewIds, Sampled
 from flexgen.runtime.request import read_request
 from flexgen.schedule.orders import ORDERS

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from flexgen.layout.cache import Span
 from flexgen.layout.passes import CellSize, Passes
+from flexgen.layout.topology import SHARED
 from flexgen.policy import Policy
 from flexgen.schedule.admission import entry_cells
 from flexgen.workload import Workload
@@ -61,6 +62,9 @@ def test_kinds_of_steps(span, decodes, extends, pages):
         (Passes(512, rows=6, batches=1), 4, [(4, 1), (4, 512)]),
         (Passes(64, rows=6, batches=8), 48, [(48, 1), (4, 64)]),
         (Passes(8, rows=6, batches=8), 48, [(48, 1), (6, 8)]),
+        # Rows that close up: about 256 tokens.
+        (Passes(512, rows=48, closes_up=True), 48, [(48, 1), (1, 512)]),
+        (Passes(64, rows=48, closes_up=True), 48, [(48, 1), (4, 64)]),
     ],
 )
 def test_the_sizes_of_cells(passes, rows, sizes):
@@ -79,15 +83,24 @@ def test_no_cell_of_prompts_is_larger(computed, width, limit, shape):
     size, batches = shape
     passes = Passes(width, rows=limit, batches=batches)
     seated = [list(range(len(computed)))[n : n + size] for n in range(0, len(computed), size)][:batches]
-    cells = entry_cells(seated, computed, passes.rows, passes.rows_of_cell)
+    cells = entry_cells(seated, computed, passes.rows, lambda some: passes.together([width] * len(some)))
     prompts = passes.cells(size)[1]
     assert all(len(places) <= prompts.rows for _, places in cells)
     assert sum(len(places) for _, places in cells) <= limit
+
+
+def test_short_prompts_that_enter_in_adjacent_places_form_larger_cells():
+    passes = Passes(128, rows=48, closes_up=True)
+    assert passes.together([128, 100]) and not passes.together([128, 100, 90])
+    assert passes.together([20] * 12) and not passes.together([20] * 13)
 
 
 def test_when_prompts_enter_in_cells_of_their_own():
     policy = Policy(gpu_batch_size=4, num_gpu_batches=3, prefill_rows=5)
     assert Passes.of(Workload(16, 4, 12), policy) == Passes(16, rows=5, batches=3)
     assert Passes.of(Workload(16, 1, 12), policy).rows == 0, "no row decodes"
+    assert Passes.of(Workload(16, 4, 12), policy, SHARED) == Passes(16, rows=5, batches=3, closes_up=True)
+    split = policy.replace(cache={"gpu": 50, "cpu": 50})
+    assert not Passes.of(Workload(16, 4, 12), split, SHARED).closes_up
     assert Passes.of(Workload(16, 4, 12), policy.replace(prefill_chunk=8)).rows == 0
     assert Passes.of(Workload(16, 4, 12), policy.replace(prefill_chunk=16)).rows == 5

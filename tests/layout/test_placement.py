@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgen.layout.placement import place_weights
+from flexgen.layout.topology import LINKED
+from flexgen.layout.weight_slots import slot_sizes
 from flexgen.models import build_layers, open_model
 from flexgen.policy import Split, Tier
 
@@ -70,6 +72,32 @@ def test_a_tier_of_no_percent_gets_nothing(split, name):
     placement = place_weights(layers_of(name), split, torch.float16)
     used = set(placement.tiers.values())
     assert used <= {tier for tier in Tier if split.percent(tier) > 0}
+
+
+@pytest.mark.parametrize("sep_layer", [True, False])
+@pytest.mark.parametrize(("name", "tied"), [("opt-30b", True), ("llama-3.1-8b", False)])
+def test_the_head_is_on_the_fastest_tier_with_room_for_it(name, tied, sep_layer):
+    """Its slot would take as much memory of the device. The layers between share the rest evenly."""
+    layers = layers_of(name, sep_layer)
+    head = max(layers[-1].weights, key=lambda weight: weight.numel)
+    assert (head.key in {weight.key for weight in layers[0].weights}) == tied
+    total = sum(weight.nbytes(torch.float16) for weight in weights_of(layers))
+    room = 100 * head.nbytes(torch.float16) / total
+    for gpu, tier in ((room + 10, Tier.GPU), (room / 4, Tier.CPU)):
+        split = Split(gpu=gpu, cpu=100 - gpu)
+        placement = assert_within_one_tensor(layers, split, torch.float16)
+        assert placement.of(head) is tier
+        slots = slot_sizes(layers, placement, LINKED, 3).device
+        assert (slots[-1] < head.nbytes(torch.float16) / 10) == (tier is Tier.GPU)
+    split = Split(gpu=room + 10, cpu=90 - room)
+    moved = place_weights(layers, split, torch.float16)
+    here = [
+        sum(weight.nbytes(torch.float16) for weight in layer.weights if moved.of(weight) is Tier.GPU)
+        for layer in layers[1:-1]
+    ]
+    largest = max(weight.nbytes(torch.float16) for layer in layers[1:-1] for weight in layer.weights)
+    first, second = sum(here[: len(here) // 2]), sum(here[len(here) // 2 :])
+    assert abs(first - second) <= 2 * largest
 
 
 @pytest.mark.parametrize("tier", list(Tier))

@@ -331,12 +331,12 @@ def test_products_of_few_rows_read_what_is_kept(configs, machine):
     assert saved == pytest.approx(products * (1 - 4.5 / 32), rel=0.02)
 
 
-def halves_of_a_cell(config, policy, hardware):
+def halves_of_a_cell(config, policy, hardware, attending=None):
     """The loads of a cell's steps before, in, after attention, and of the rest."""
     spec, _ = open_model(config, "dummy")
     layers = build_layers(spec, policy.sep_layer)
     placement = place_weights(layers, policy.weights, torch.float32)
-    block = CostedBlock(8, ORDERS["overlap_cpu_attention"])
+    block = CostedBlock(8, ORDERS["overlap_cpu_attention"], attending=attending)
     halves = StepCosts(PlacedModel(layers, placement, hardware), policy, Workload(6, 4, 8), block)
     return [halves.loads(Step(op, 2, 1, 0)) for op in (Op.PROJECT, Op.ATTEND, Op.LOAD_ATTENTION, Op.COMPUTE)]
 
@@ -354,6 +354,16 @@ def test_halves_of_a_cell_are_the_whole(configs, machine):
     together = project.seconds + asked.seconds + max(host.seconds, device.seconds) + answered.seconds
     assert together + rest.seconds == pytest.approx(compute(whole, 2, 1).seconds)
     assert compute(whole, 2, 1).nbytes == asked.nbytes + answered.nbytes
+
+
+def test_the_host_does_not_read_the_cache_of_rows_without_a_token(configs, machine):
+    policy = Policy(gpu_batch_size=4, num_gpu_batches=2, cache={"cpu": 100}, sep_layer=False)
+    hardware = machine(fixed={"attend": 0.0})
+    every = halves_of_a_cell(configs["opt"], policy, hardware)
+    one = halves_of_a_cell(configs["opt"], policy, hardware, attending=(1, 4))
+    [[all_rows]], [[one_row]] = every.pop(1), one.pop(1)
+    assert one_row.seconds == pytest.approx(all_rows.seconds / 4)
+    assert one == every, "all else is computed for all rows"
 
 
 def test_attention_on_the_host_has_fixed_costs_of_its_own(configs, machine):

@@ -12,7 +12,7 @@ from flexgen import Policy
 from flexgen.layout.passes import Passes
 from flexgen.models import open_model
 from flexgen.predict.prediction import predict
-from flexgen.predict.refill import refilled_passes
+from flexgen.predict.refilled_passes import refilled_passes
 from flexgen.results.report import Stage
 from flexgen.workload import Workload
 
@@ -54,6 +54,16 @@ def test_passes_in_which_prompts_enter_at_a_rate_begin_and_end_runs():
         assert one.begins or not before.cut
         assert one.loaded == before.cut
         assert not (one.put_back or one.moved)
+
+
+def test_attention_reads_only_the_cache_of_rows_that_get_a_token():
+    """In a batch, the prompts of some places are not computed yet, and other rows have ended."""
+    policy = Policy(gpu_batch_size=3, prefill_rows=1, activations={"gpu": 100})
+    passes = list(refilled_passes([4, 2, 3], policy, Passes(5, rows=1)))
+    decoding = [one for one in passes if max(one.tokens) > 0]
+    assert [one.rows for one in decoding] == [(1, 3), (1, 3), (3,), (3,)]
+    assert [one.attending for one in decoding] == [(1, 1), (1, 2), (2,), (1,)]
+    assert [one.attended(5) for one in decoding] == [6, 2 * 7, 2 * 7, 7]
 
 
 def test_rows_that_move_count_their_tokens():

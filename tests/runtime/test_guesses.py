@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgen.layout.cache import Span
+from flexgen.runtime.cell import BoundCell, Padding
 from flexgen.runtime.guesses import Guesses, Propose, copied
 
 
@@ -65,6 +67,23 @@ def test_rows_advance_by_the_guesses_that_are_right() -> None:
     assert now.computed.tolist() == [[5, 8, 9, 7], [3, 8, 9, 7]]
     assert now.span == Span(6, 4, guessed=3)
     assert (guesses.made, guesses.kept) == (6, 2)
+
+
+def test_rows_that_get_no_token_attend_to_their_first_columns_only() -> None:
+    """Row 0 has ended, and the prompt of row 2 is not computed yet; attention does not read their caches."""
+    prompts = [np.array([1, 2, 3]), np.array([4, 5]), np.array([6])]
+    guesses = Guesses(prompts, 10, 0)
+    batch, starts = Batch((0, 1), 3), torch.tensor([0, 1, 2])
+    guesses.start(batch, [6, 6], ended={0})
+    assert guesses.bind(batch, 1).idle.tolist() == [True, False]
+    seated = Batch((0, 1, 2), 3)
+    guesses.seat(seated, 1)
+    now = guesses.bind(seated, 1)
+    assert now.idle.tolist() == [True, False, True]
+    assert now.lengths.tolist() == [3, 3, 12], "the new columns"
+    cell = BoundCell(1, 1, 0, 0, now.span, Padding((0, 1, 2), starts, starts), guesses=now)
+    assert cell.contexts(range(3)).tolist() == [0, 3, 2]
+    assert cell.contexts(range(1, 3)).tolist() == [3, 2]
 
 
 def test_the_columns_of_a_pass_whose_rows_are_not_known_yet() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexgen.schedule.admission import between, entry_cells, gathered, regrouped, reseated
+from flexgen.schedule.admission import between, closed_up, entry_cells, gathered, regrouped, reseated
 
 BATCHES = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
 
@@ -76,6 +76,51 @@ def test_prompts_enter_where_rows_have_ended(
 
 
 @pytest.mark.parametrize(
+    ("ended", "computed", "waiting", "rows", "expected"),
+    [
+        # The last row moves to the place of the one that has ended.
+        ([1], range(6), [], 2, [[0, 5, 2], [3, 4]]),
+        ([1, 4], range(6), [], 2, [[0, 5, 2], [3]]),
+        ([1, 4, 5], range(6), [], 2, [[0, 3, 2], []]),
+        ([5], range(6), [], 2, [[0, 1, 2], [3, 4]]),
+        (range(6), range(6), [], 2, [[], []]),
+        # Prompts enter in the last places, as many as a pass computes.
+        ([1, 4], range(6), [6, 7, 8], 2, [[0, 5, 2], [3, 6, 7]]),
+        ([1, 4], range(6), [6, 7, 8], 1, [[0, 5, 2], [3, 6]]),
+        # Those that have a place already are computed first.
+        ([1], range(4), [6, 7, 8], 2, [[0, 3, 2], [4, 5]]),
+        ([1], range(4), [6, 7, 8], 3, [[0, 3, 2], [4, 5, 6]]),
+    ],
+)
+def test_rows_close_up(
+    ended: list[int], computed: list[int], waiting: list[int], rows: int, expected: list[list[int]]
+) -> None:
+    flags = [row in ended for row in range(9)], [row in computed for row in range(9)]
+    assert closed_up(PLACES, (3, 3), *flags, waiting, rows) == expected
+
+
+@given(
+    sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    ended=st.lists(st.booleans(), min_size=20, max_size=20),
+    waiting=st.integers(0, 6),
+    rows=st.integers(1, 5),
+)
+def test_rows_that_close_up_keep_their_places_if_they_can(
+    sizes: list[int], ended: list[bool], waiting: int, rows: int
+) -> None:
+    total, places = sum(sizes), iter(range(20))
+    batches = [[next(places) for _ in range(size)] for size in sizes]
+    live = [row for row in range(total) if not ended[row]]
+    flags = [*ended, *[False] * waiting], [row < 20 for row in range(20 + waiting)]
+    after = closed_up(batches, sizes, *flags, [*range(20, 20 + waiting)], rows)
+    flat = [row for batch in after for row in batch]
+    entering = min(rows, waiting, total - len(live))
+    assert sorted(flat) == [*live, *range(20, 20 + entering)]
+    assert flat[len(live) :] == list(range(20, 20 + entering))
+    assert all(flat[row] == row for row in live if row < len(live))
+
+
+@pytest.mark.parametrize(
     ("computed", "rows", "together", "expected"),
     [
         (range(6), 3, 1, []),
@@ -89,12 +134,14 @@ def test_prompts_enter_where_rows_have_ended(
 def test_cells_have_adjacent_places_of_one_batch(
     computed: list[int], rows: int, together: int, expected: list[tuple[int, range]]
 ) -> None:
-    assert entry_cells(PLACES, [row in computed for row in range(6)], rows, together) == expected
+    flags = [row in computed for row in range(6)]
+    assert entry_cells(PLACES, flags, rows, lambda some: len(some) <= together) == expected
 
 
 @given(many=st.integers(0, 20), few=st.integers(0, 20))
 def test_cells_are_spread_evenly(many: int, few: int) -> None:
     mixed = between(range(many), range(100, 100 + few))
+    assert mixed[:1] == [100] or many != few or not few, "the device computes it during the first attention"
     assert [n for n in mixed if n < 100] == list(range(many))
     assert [n for n in mixed if n >= 100] == list(range(100, 100 + few))
     at = [place for place, n in enumerate(mixed) if n >= 100]

@@ -177,6 +177,30 @@ def test_cpu_attention_issues_weights_before_the_layer_before_has_ended(batches)
             assert last < place[Step(Op.PROJECT, i, j, batches - 1)]
 
 
+def test_of_two_cells_one_stores_its_cache_while_the_device_computes_the_other():
+    """Not before an attention that the device needs next."""
+    order = ORDERS["overlap_cpu_attention"]
+    grid = order.grid(2, 4, 2, 1)
+    steps = list(order(grid))
+    check(steps, grid)
+    place = {step: n for n, step in enumerate(steps)}
+    cells = list(grid.cells())
+    for cell, after, attending in zip(cells, cells[2:], cells[3:], strict=False):
+        stored = place[Step(Op.STORE_CACHE, *cell)]
+        assert place[Step(Op.ATTEND, *attending)] < stored < place[Step(Op.COMPUTE, *after)]
+
+
+def test_with_one_cell_the_output_of_attention_comes_before_the_next_weights():
+    """They use the same lane, and the layer that computes with the output has the slot of further weights."""
+    order = ORDERS["overlap_cpu_attention"]
+    grid = order.grid(2, 10, 1, 2)
+    place = {step: n for n, step in enumerate(order(grid))}
+    for layer in range(2, 7):
+        weights = [place[W(0, layer + 2, piece)] for piece in range(2)]
+        answer, rest = (place[Step(op, 0, layer)] for op in (Op.LOAD_ATTENTION, Op.COMPUTE))
+        assert answer < min(weights) and max(weights) < rest
+
+
 @pytest.mark.parametrize("name", sorted(ORDERS))
 def test_orders_that_are_there_pass_the_check_of_an_opened_model(name):
     check_order(name)

@@ -91,6 +91,36 @@ def test_the_rate_is_that_at_which_rows_end(machine: Any) -> None:
     assert not list(given.rates(Policy(prefill_rows=3)))
 
 
+def test_rows_may_close_up_on_machines_without_a_link(machine: Any, host: Any) -> None:
+    short, policy = Workload(40, 16, 64, mean_new=4), Policy(gpu_batch_size=8, num_gpu_batches=2)
+
+    def shapes(
+        on: Any, workload: Workload, policy: Policy = policy, **fixed: Any
+    ) -> set[tuple[int, int, int]]:
+        some = _choices(on, workload, **fixed).closing_up(policy)
+        return {(one.gpu_batch_size, one.num_gpu_batches, one.prefill_rows) for one in some}
+
+    assert shapes(host(), short) == {(n, 1, n) for n in (16, 32, 64)}
+    assert not shapes(machine(), short)
+    assert not shapes(host(), Workload(40, 16, 64)), "all rows end together"
+    for fixed in ({"prefill_rows": 0}, {"gpu_batch_size": 8}, {"guess": 2}, {"activations": {"cpu": 100}}):
+        assert not shapes(host(), short, policy.replace(**fixed), **fixed)
+    for cache in ({"cpu": 50, "gpu": 50}, {"cpu": 50, "disk": 50}):
+        assert not shapes(host(), short, policy.replace(cache=cache))
+
+
+def test_places_for_whole_numbers_of_rows_that_end(machine: Any) -> None:
+    choices = _choices(machine(), Workload(40, 16, 640, mean_new=4))
+    near = list(choices.places(Policy(gpu_batch_size=10, num_gpu_batches=2, prefill_rows=5)))
+    assert [(form.gpu_batch_size, form.prefill_rows) for form in near] == [(8, 4), (12, 6), (14, 7)]
+    most = choices.places(Policy(gpu_batch_size=158, num_gpu_batches=2, prefill_rows=79))
+    assert [form.block_size for form in most] == [312, 320], "the job has at least two blocks"
+    assert not list(choices.places(Policy(gpu_batch_size=10)))
+    for given in ({"prefill_rows": 5}, {"gpu_batch_size": 10}):
+        fixed = _choices(machine(), Workload(40, 16, 640), **given)
+        assert not list(fixed.places(Policy(gpu_batch_size=10, num_gpu_batches=2, prefill_rows=5)))
+
+
 def test_places_that_the_policy_refuses_are_no_choice(machine: Any) -> None:
     choices = _choices(machine(), Workload(40, 16, 64))
     entering = Policy(gpu_batch_size=4, prefill_rows=2)

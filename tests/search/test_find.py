@@ -306,7 +306,7 @@ def test_less_cache_for_each_row_makes_room_for_more(opt, machine):
     best = find_policy(opt, hardware, SHORT).best
     whole = find_policy(opt, hardware, SHORT, Auto({"reserve_new": 0})).best
     assert best.policy.reserve_new in (20, 40)
-    assert best.tokens_s > 1.1 * whole.tokens_s
+    assert best.tokens_s > 1.02 * whole.tokens_s
     again = predict(opt, best.policy, hardware, SHORT, order=best.order).report
     assert again.throughput_tokens_s == best.tokens_s
     for tier, nbytes in again.plan_bytes.items():

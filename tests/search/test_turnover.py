@@ -16,7 +16,7 @@ from flexgen.models import open_model
 from flexgen.policy import Tier
 from flexgen.predict.job import Job
 from flexgen.predict.prediction import predict, predict_job
-from flexgen.predict.refill import refilled_passes
+from flexgen.predict.refilled_passes import refilled_passes
 from flexgen.search.corners import Corners
 from flexgen.search.find import find_policy
 from flexgen.search.linear import Column
