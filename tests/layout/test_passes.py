@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgen.layout.cache import Span
-from flexgen.layout.passes import CellSize, Passes
+from flexgen.layout.passes import LEAST_RIGHT, CellSize, Passes
 from flexgen.policy import Policy
 from flexgen.schedule.admission import entry_cells
 from flexgen.workload import Workload
@@ -83,6 +83,13 @@ def test_no_cell_of_prompts_is_larger(computed, width, limit, shape):
     prompts = passes.cells(size)[1]
     assert all(len(places) <= prompts.rows for _, places in cells)
     assert sum(len(places) for _, places in cells) <= limit
+
+
+def test_passes_have_guesses_where_enough_of_them_are_right():
+    policy = Policy(gpu_batch_size=4, guess=4)
+    for copied, guess in ((1, 0), (1 + LEAST_RIGHT / 2, 0), (1 + LEAST_RIGHT, 4), (3, 4)):
+        assert Passes.expected(Workload(16, 4, 4, copied=copied), policy) == Passes(16, guess=guess)
+    assert Passes.of(Workload(16, 4, 4), policy).guess == 4, "memory for them is needed in any case"
 
 
 def test_when_prompts_enter_in_cells_of_their_own():
