@@ -360,7 +360,7 @@ class _Measurement:
                 for lane, other_lane, share in ((one, other, lost[0]), (other, one, lost[1])):
                     found[f"{lane} {other_lane}"] = share if share > _NOISE else 0.0
             if phase is Phase.DECODE:
-                self._fixed["disk_start_busy"] = self._links.start_of_read(
-                    lambda read, work=multiply: meanwhile(work, read, _STARTS), found["disk_read compute"]
-                )
+                together = partial(meanwhile, multiply, count=_STARTS)
+                start = self._links.start_of_read(together, found["disk_read compute"])
+                self._fixed["disk_start_busy"] = start
         probe.release()
