@@ -10,8 +10,8 @@ turn, and ids are compared. One thread computes, so that another core is free fo
 the threads of two computations hinder each other. With five repeats, it takes about three minutes on two cores.
 
 With --predict, the result also has the predicted tokens/s of each case, from the mean length of the prompts and from
-the mean number of new tokens in a pass of the run (`Workload.copied`). The machine is measured first if its figures
-are not known.
+the mean number of new tokens in a pass of the run (`Workload.copied`). The machine is measured before and after the
+runs.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from transformers import OPTConfig
 
 from flexgen import OptLM, Policy
 from flexgen.demo.tasks import records
-from flexgen.engine.auto import this_machine
 from flexgen.models import ModelSpec
+from flexgen.predict.hardware import Hardware
 from flexgen.predict.prediction import predict
+from flexgen.probe.measured import measured
 from flexgen.workload import Workload
 
 SHAPE = dict(hidden_size=192, num_attention_heads=6, ffn_dim=768, word_embed_proj_dim=192, vocab_size=1536)
@@ -88,6 +89,9 @@ def main() -> None:
     def case(kind: str, guess: int) -> Callable[[], dict[str, float]]:
         return lambda: run(kind, guess)
 
+    machines: list[Hardware] = []
+    if args.predict:
+        machines.append(measured(opening["device"], again=True))
     kinds, guesses = ("copying", "new"), (0, args.guess)
     cases = {f"{kind}, {guess} guesses": case(kind, guess) for kind in kinds for guess in guesses}
     found = interleaved(cases, args.repeats)
@@ -98,13 +102,15 @@ def main() -> None:
         ratios[kind] = {"ratio": guessed / plain, "equal_rows": equal}
         print(f"{kind}: {guessed:.1f} against {plain:.1f} tokens/s, {guessed / plain:.2f} times")
     predictions = {}
-    machine = this_machine(opening["device"], None) if args.predict else None
-    for name, (spec, own, job) in jobs.items() if machine else ():
-        speed = predict(spec, own, machine, job, dtype="float32").report.throughput_tokens_s
-        predictions[name] = compared(name, speed, found[name]["tokens_s"]["median"])
+    if args.predict:
+        machines.append(measured(opening["device"], again=True))
+        for name, (spec, own, job) in jobs.items():
+            foretold = [predict(spec, own, machine, job, dtype="float32").report for machine in machines]
+            speeds = [report.throughput_tokens_s for report in foretold]
+            predictions[name] = compared(name, speeds, found[name]["tokens_s"]["median"])
     if not args.no_save:
         save(
-            "guesses",
+            "guesses_predicted" if args.predict else "guesses",
             {"arguments": vars(args), "cases": found, "ratios": ratios, "predicted": predictions},
         )
 

@@ -5,10 +5,15 @@
 A round measures the machine (like `python -m flexgen.measure`), runs every policy once, and measures the machine
 again. The policies are predicted from these two measurements, as the mean of both predictions. The speed of a shared
 machine changes every minute, so each round is evaluated on its own: the figure of a policy is the median over its
-rounds of measured over predicted seconds. `prediction_cases.py` has the cases and the targets: those with which the
-cost model was developed, on the CPU and on an emulated device with limited links, and with `--held-out` others.
-DIR should be on a real disk; it needs up to 5 GB. A round takes about four minutes for each device. Results are
-written after each run, so that --resume continues an interrupted round with the next policy.
+rounds of measured over predicted seconds. A round does not count for a policy if the predictions from its two
+measurements differ by more than a tenth, because then nobody knows how fast the machine was in between. It counts for
+none if other programs ran during a measurement. It remains in the results; run the policies again with --resume and
+--case.
+
+`prediction_cases.py` has the cases and the targets: those with which the cost model was developed, on the CPU and on
+an emulated device with limited links, and with `--held-out` others. DIR should be on a real disk with 5 GB free. A
+round takes about four minutes for each device. Results are written after each run, so that --resume continues an
+interrupted round with the next policy.
 """
 
 from __future__ import annotations
@@ -36,6 +41,8 @@ from flexgen.probe.measured import measured
 from flexgen.results.trace import Trace
 from flexgen.workload import Workload
 
+DRIFT = 0.1
+"""The largest difference between the predictions from both measurements of a round that counts."""
 PHASES = ("seconds", "prefill_s", "decode_s")
 
 
@@ -137,13 +144,24 @@ def foresee(cases: CaseSet, case: Case, machine: Sequence[Hardware]) -> dict[str
     }
 
 
-def compare(cases: CaseSet, name: str, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Measured over predicted seconds of a policy: medians over its rounds."""
-    case, pairs = cases.cases[name], []
+def drift(foretold: dict[str, Any]) -> float:
+    """The difference between the predictions from both measurements of a round, as a share of the smaller one."""
+    seconds = foretold["by_measurement"]
+    return max(seconds) / min(seconds) - 1
+
+
+def compare(cases: CaseSet, name: str, rounds: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Measured over predicted seconds of a policy: medians over its rounds. None if none of them counts."""
+    case, every, disturbed = cases.cases[name], [], 0
     for each in rounds:
-        if name in each["runs"]:
+        if name in each["runs"] and any(found["disturbed"] for found in each["hardware"]):
+            disturbed += 1
+        elif name in each["runs"]:
             machine = [Hardware.from_dict(found, each["device"]) for found in each["hardware"]]
-            pairs.append((each["runs"][name], foresee(cases, case, machine)))
+            every.append((each["runs"][name], foresee(cases, case, machine)))
+    pairs = [pair for pair in every if drift(pair[1]) <= DRIFT]
+    if not pairs:
+        return None
     ratios = {
         phase.removesuffix("_s"): [took[phase] / foretold[phase] for took, foretold in pairs]
         for phase in PHASES
@@ -154,6 +172,7 @@ def compare(cases: CaseSet, name: str, rounds: Sequence[dict[str, Any]]) -> dict
         "ratio": statistics.median(ratios["seconds"]),
         "prefill_ratio": statistics.median(ratios["prefill"]),
         "decode_ratio": statistics.median(ratios["decode"]),
+        "rejected_rounds": disturbed + len(every) - len(pairs),
         "by_round": [
             {"ratio": ratio, "stolen": took["stolen"], "measured_s": took["seconds"], "predicted": foretold}
             for ratio, (took, foretold) in zip(ratios["seconds"], pairs, strict=True)
@@ -162,6 +181,8 @@ def compare(cases: CaseSet, name: str, rounds: Sequence[dict[str, Any]]) -> dict
 
 
 def summary(cases: CaseSet, figures: dict[str, Any]) -> dict[str, Any]:
+    if not figures:
+        return {"cases": 0}
     errors = [found["ratio"] - 1 for found in figures.values()]
     sizes = list(map(abs, errors))
     return {
@@ -177,11 +198,8 @@ def summary(cases: CaseSet, figures: dict[str, Any]) -> dict[str, Any]:
 
 def write(cases: CaseSet, path: Path, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Compute all figures from the rounds."""
-    figures = {
-        name: compare(cases, name, rounds)
-        for name in cases.cases
-        if any(name in each["runs"] for each in rounds)
-    }
+    compared = {name: compare(cases, name, rounds) for name in cases.cases}
+    figures = {name: found for name, found in compared.items() if found}
     document = {
         "model": cases.description,
         "ratio": "measured over predicted seconds, median over the rounds",
@@ -239,7 +257,11 @@ def main() -> None:
             f"{name:<44}{found['ratio']:>6.2f}  prefill {found['prefill_ratio']:.2f}  decode "
             f"{found['decode_ratio']:.2f}  ({ratios})"
         )
-    found = document["summary"]
+    for name in names:
+        if name not in document["figures"]:
+            print(f"{name:<44} does not count: the machine changed, or other programs ran")
+    if not (found := document["summary"])["cases"]:
+        return
     print(
         f"{found['cases']} policies: median error {found['median_error']:.1%}, worst {found['worst_error']:.1%}; "
         f"{found['slower_than_predicted']} slower than predicted, {found['faster_than_predicted']} faster"

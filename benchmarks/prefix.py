@@ -11,30 +11,34 @@ check, the result has the share of the first --apart prompts for which both make
 With --documents, each prompt has one of that number of documents of --document-len ids between the common ids and its
 own. Prompts with the same document are mixed with the others.
 
-With --predict, the result also has the predicted tokens/s of both cases. The machine is measured first if its figures
-are not known.
+With --predict, the result also has the predicted tokens/s of both cases. The machine is measured before and after the
+runs.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 import numpy as np
 from record import compared, interleaved, save
 from transformers import OPTConfig
 
 from flexgen import OptLM, Policy
-from flexgen.engine.auto import this_machine
 from flexgen.models import open_model
+from flexgen.predict.hardware import Hardware
 from flexgen.predict.prediction import predict
+from flexgen.probe.measured import measured
 from flexgen.workload import Workload
 
 SHAPE = dict(hidden_size=2048, num_attention_heads=32, ffn_dim=8192, word_embed_proj_dim=2048)
 
 
-def predicted(config: OPTConfig, policy: Policy, args: argparse.Namespace) -> dict[str, float]:
-    """The predicted tokens/s of each case."""
-    spec, machine = open_model(config, "dummy")[0], this_machine("cpu", None)
+def predicted(
+    config: OPTConfig, policy: Policy, args: argparse.Namespace, machines: Sequence[Hardware]
+) -> dict[str, list[float]]:
+    """The predicted tokens/s of each case, from each measurement of the machine."""
+    spec = open_model(config, "dummy")[0]
     prefix = args.prefix + (args.document_len if args.documents else 0)
     lengths, cuts = (prefix + args.own, args.gen_len), ((args.prefix,) if args.documents else ())
     jobs = {
@@ -42,7 +46,10 @@ def predicted(config: OPTConfig, policy: Policy, args: argparse.Namespace) -> di
         "whole prompts": Workload(*lengths, args.apart),
     }
     return {
-        name: predict(spec, policy, machine, job, dtype="float32").report.throughput_tokens_s
+        name: [
+            predict(spec, policy, machine, job, dtype="float32").report.throughput_tokens_s
+            for machine in machines
+        ]
         for name, job in jobs.items()
     }
 
@@ -96,6 +103,7 @@ def main() -> None:
             "tokens_s": report.throughput_tokens_s,
         }
 
+    machines = [measured("cpu", again=True)] if args.predict else []
     cases = {"shared": lambda: run(True, args.prompts), "whole prompts": lambda: run(False, args.apart)}
     found = interleaved(cases, args.repeats)
     both = min(map(len, kept.values()))
@@ -104,18 +112,22 @@ def main() -> None:
     print(
         f"{shared:.1f} against {whole:.1f} tokens/s: {shared / whole:.1f} times; {equal:.0%} of the rows are equal"
     )
-    speeds = predicted(config, policy, args) if args.predict else {}
+    speeds = {}
+    if args.predict:
+        machines.append(measured("cpu", again=True))
+        speeds = predicted(config, policy, args, machines)
     figures = {
         "arguments": vars(args),
         "cases": found,
         "ratio": shared / whole,
         "equal_rows": equal,
         "predicted": {
-            name: compared(name, speed, found[name]["tokens_s"]["median"]) for name, speed in speeds.items()
+            name: compared(name, some, found[name]["tokens_s"]["median"]) for name, some in speeds.items()
         },
     }
     if not args.no_save:
-        save("prefix_tree" if args.documents else "prefix", figures)
+        name = "prefix_tree" if args.documents else "prefix"
+        save(f"{name}_predicted" if args.predict else name, figures)
 
 
 if __name__ == "__main__":

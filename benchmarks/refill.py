@@ -15,12 +15,13 @@ the load of a whole layer takes longer than the end of a pass, at which the cell
 `link_share` is the part of the time in which the link copies: the rest is lost at the ends of passes and runs.
 
 With --predict, the result also has the predicted tokens/s of each case, from the mean length of its answers alone
-(`Workload.mean_new`). The machine is measured first if its figures are not known.
+(`Workload.mean_new`). The machine is measured before and after the runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from functools import partial
 
 import numpy as np
@@ -29,9 +30,9 @@ from record import compared, interleaved, save
 from transformers import OPTConfig
 
 from flexgen import OptLM, Policy
-from flexgen.engine.auto import this_machine
 from flexgen.predict.hardware import Hardware
 from flexgen.predict.prediction import predict
+from flexgen.probe.measured import measured
 from flexgen.results.trace import LaneName
 from flexgen.workload import Workload
 
@@ -97,7 +98,7 @@ def main() -> None:
     torch.set_num_threads(1)
     prompts = np.random.default_rng(1).integers(4, SHAPE["vocab_size"], size=(args.prompts, args.prompt_len))
     figures, ratios, predictions = {}, {}, {}
-    machine = this_machine(DEVICE, None) if args.predict else None
+    machines = [measured(DEVICE, again=True)] if args.predict else []
     options = dict(device=DEVICE, dtype="float32", weights="dummy", progress=False)
     by_place = POLICY.replace(prefill_rows=args.prefill_rows)
     with (
@@ -117,12 +118,19 @@ def main() -> None:
                 name: speed / speeds["blocks"] for name, speed in speeds.items() if name != "blocks"
             }
             print(f"{kind}: tokens/s by those of block after block: {ratios[kind]}")
-            for name, size in sizes.items() if machine else ():
-                expected = predicted(models[name], counts, args.prompt_len, size, machine)
-                predictions[f"{kind}, {name}"] = compared(f"{kind}, {name}", expected, speeds[name])
-            if not args.no_save:  # later cases may be interrupted
-                found_so_far = {"figures": figures, "ratios": ratios, "predicted": predictions}
-                save("refill", {"arguments": vars(args), **found_so_far})
+            if not (args.predict or args.no_save):  # later cases may be interrupted
+                save("refill", {"arguments": vars(args), "figures": figures, "ratios": ratios})
+        if args.predict:
+            machines.append(measured(DEVICE, again=True))
+        for kind, name in itertools.product(figures if args.predict else (), models):
+            size = POLICY.block_size if name == "blocks" else args.prompts
+            counts = answers(kind, args.prompts)
+            expected = [predicted(models[name], counts, args.prompt_len, size, each) for each in machines]
+            took = figures[kind][name]["tokens_s"]["median"]
+            predictions[f"{kind}, {name}"] = compared(f"{kind}, {name}", expected, took)
+    if args.predict and not args.no_save:
+        found_all = {"figures": figures, "ratios": ratios, "predicted": predictions}
+        save("refill_predicted", {"arguments": vars(args), **found_all})
 
 
 if __name__ == "__main__":

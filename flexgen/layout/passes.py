@@ -16,6 +16,10 @@ _CELL_TOKENS = 256
 """About this number of tokens of prompts form a cell. The computation of fewer tokens is slower per token. With more,
 attention on the host has nothing to do for a longer time."""
 
+LEAST_RIGHT = 0.1
+"""A pass computes the guesses of a batch if it may expect at least this number of right ones per row. Guesses are for
+passes that wait for data, whose arithmetic has time for more tokens, but not for an amount without a limit."""
+
 
 class CellSize(NamedTuple):
     """The size of a cell: `new` tokens of each of `rows` rows."""
@@ -73,6 +77,14 @@ class Passes:
             return passes
         shape = replace(passes, rows=policy.prefill_rows, batches=policy.num_gpu_batches)
         return replace(shape, closes_up=topology.closes_up(policy))
+
+    @classmethod
+    def expected(cls, workload: Workload, policy: Policy) -> Passes:
+        """The passes as a run computes them: without guesses if too few of them are right."""
+        passes = cls.of(workload, policy)
+        if workload.tokens_in_pass(policy.guess) < 1 + LEAST_RIGHT:
+            return replace(passes, guess=0)
+        return passes
 
     @property
     def first(self) -> int:

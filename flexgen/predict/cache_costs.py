@@ -24,12 +24,12 @@ class CacheCosts:
         self, model: PlacedModel, policy: Policy, workload: Workload, sizes: Iterable[int], every_token: bool
     ) -> None:
         self._model = model
-        self._passes = Passes.of(workload, policy)
+        self._passes = Passes.expected(workload, policy)
         self._prompt = self._passes.width
         self._capacity = self._prompt + workload.gen_len
         self._every_token = every_token
         dtype, topology = model.placement.dtype, model.hardware.topology
-        columns = self._passes.capacity(workload.gen_len)
+        columns = Passes.of(workload, policy).capacity(workload.gen_len)
         self._layouts = {
             (n, rows): cache_layout(layer.layer_spec.attention, policy, rows, columns, dtype, topology)
             for n in set(model.alike.cells)

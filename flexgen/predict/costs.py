@@ -71,7 +71,7 @@ class StepCosts:
     """The work of each step of one block of a workload. Loads of weights are equal for all tokens."""
 
     def __init__(self, model: PlacedModel, policy: Policy, workload: Workload, block: CostedBlock) -> None:
-        passes = Passes.of(workload, policy)
+        passes = Passes.expected(workload, policy)
         every_token = range(passes.first, workload.gen_len)
         self._model = model
         self._order = block.order

@@ -49,6 +49,8 @@ class Fixed:
     ids: for each batch whose new ids are stored; 0 if it takes as long as a `stage`.
     stage: for each stage of a transfer.
     disk_job: for each job of the disk.
+    disk_start: for each read that finds the disk idle, in addition. Others start while the one before ends.
+    disk_start_busy: the same while the compute device works, if it takes longer.
     """
 
     cell: float = 0.0
@@ -61,6 +63,8 @@ class Fixed:
     ids: float = 0.0
     stage: float = 0.0
     disk_job: float = 0.0
+    disk_start: float = 0.0
+    disk_start_busy: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +194,11 @@ class Hardware:
     def computes_inline(self) -> bool:
         """Whether the thread that issues the steps also computes, so that it issues none while it computes."""
         return self.shares_cores or self.topology.shares_host_memory
+
+    def startup(self, serial: bool) -> dict[LaneName, float]:
+        """By lane, the seconds in which a job starts on an idle lane. serial: no other lane works meanwhile."""
+        start = self.fixed.disk_start if serial else max(self.fixed.disk_start, self.fixed.disk_start_busy)
+        return {LaneName.DISK_READ: start} if start else {}
 
     @property
     def losses(self) -> dict[Phase, dict[tuple[LaneName, LaneName], float]]:

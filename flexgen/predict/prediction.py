@@ -270,7 +270,8 @@ def _block(
     grid = asked.grid(*shape, slots, costs.feeds_ids)
     steps = numbered(asked, grid)
     works, inline = works_of(steps, costs, costs.alike), hardware.computes_inline
-    timeline = play_with_losses(steps, works, hardware.losses, lead + 1, inline)
+    startup = hardware.startup(asked.serial)
+    timeline = play_with_losses(steps, works, hardware.losses, lead + 1, inline, startup)
     ends = timeline.last_ends(Op.STORE_HIDDEN, len(layers) - 1)[
         lead:
     ]  # the times at which each token is known for all rows

@@ -169,8 +169,9 @@ class _PassTimes:
         steps = numbered(order, grid)
         works = works_of(steps, costs, costs.alike)
         played = _with_loaded(steps, works) if one.loaded else works
-        losses, prefill = job.hardware.losses, _in_prefill(steps, tokens)
-        timeline = play_with_losses(steps, played, losses, prefill, job.hardware.computes_inline)
+        hardware, prefill = job.hardware, _in_prefill(steps, tokens)
+        inline, startup = hardware.computes_inline, hardware.startup(order.serial)
+        timeline = play_with_losses(steps, played, hardware.losses, prefill, inline, startup)
         self.timed.append((one.tokens[0], timeline))
         known = [0.0, *timeline.last_ends(Op.STORE_HIDDEN, layers - 1)]
         n = ahead.index(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,8 @@ from flexgen.schedule.steps import Grid, Op, Step
 
 Costs = Sequence[Sequence[tuple[LaneName, float]]]
 """The work of a step in seconds: chains of stages, each (lane, seconds)."""
+
+_NONE: Mapping[LaneName, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,13 +131,19 @@ def simulate(steps: Iterable[Step], grid: Grid, costs: Callable[[Step], Costs]) 
 
 
 def play(
-    steps: Numbered, works: Sequence[Costs], factors: Iterable[float] | None = None, inline: bool = False
+    steps: Numbered,
+    works: Sequence[Costs],
+    factors: Iterable[float] | None = None,
+    inline: bool = False,
+    startup: Mapping[LaneName, float] = _NONE,
 ) -> Timeline:
     """`simulate` for numbered steps and the work of each entry. Predictions spend most of their time here.
 
     factors: for each stage, the factor of its seconds; None is 1.
     inline: whether the thread that issues the steps also computes. Then no step begins before the computations that
         were issued earlier have ended, even if its lane is free and it needs none of them.
+    startup: by lane, the seconds in which a stage starts when it is ready. They may pass while the lane works on the
+        stage before.
     """
     free = dict.fromkeys(LaneName, 0.0)
     factor = repeat(1.0) if factors is None else iter(factors)
@@ -152,10 +161,11 @@ def play(
         for chain in work:
             time = ready
             for lane, seconds in chain:
-                if free[lane] > time:
-                    time = free[lane]
-                starts.append(time)
-                time += seconds * next(factor)
+                start = free[lane] if free[lane] > time else time
+                starts.append(start)
+                if lane in startup:
+                    start = max(start, time + startup[lane])
+                time = start + seconds * next(factor)
                 free[lane] = time
                 ends.append(time)
                 if lane is issuing:
@@ -180,6 +190,7 @@ def play_with_losses(
     losses: Losses,
     prefill: int | Sequence[bool] = 1,
     inline: bool = False,
+    startup: Mapping[LaneName, float] = _NONE,
 ) -> Timeline:
     """`play` with lanes that slow each other down while they work at the same time.
 
@@ -187,9 +198,9 @@ def play_with_losses(
     a few rounds, until the end of the schedule no longer changes. Losses are spread evenly over a stage.
 
     prefill: the number of passes of the prefill, or for each entry of the schedule, whether it is in the prefill.
-    inline: as in `play`.
+    inline, startup: as in `play`.
     """
-    made = play(steps, works, inline=inline)
+    made = play(steps, works, inline=inline, startup=startup)
     if not losses:
         return made
     lanes = np.array([_NUMBER[lane] for work in works for chain in work for lane, _ in chain], dtype=int)
@@ -200,7 +211,7 @@ def play_with_losses(
     for _ in range(_ROUNDS):
         before = made.span
         stretched = _stretched(lanes, in_prefill, np.array(made.starts), np.array(made.ends), losses)
-        made = play(steps, works, stretched, inline)
+        made = play(steps, works, stretched, inline, startup)
         if abs(made.span - before) <= _SETTLED * before:
             break
     return made

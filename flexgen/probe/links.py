@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,11 +21,17 @@ from flexgen.probe.effort import Effort, Stopwatch
 from flexgen.results.trace import LaneName
 from flexgen.runtime.pages import put
 from flexgen.schedule.steps import Op, Step
-from flexgen.units import BLOCK
+from flexgen.units import BLOCK, align
 
 _STEP = Step(Op.LOAD_WEIGHTS, 0, 0, 0)
 _JOBS = 64
 """The number of consecutive jobs that measure the fixed cost of one."""
+_IN_A_ROW = 16
+"""The number of consecutive reads with which a read that finds the disk idle is compared."""
+_MOVED = 4
+"""The number of consecutive reads that run together with other work."""
+_PAUSE = 3e-3
+"""Seconds without reads before a read that finds the disk idle, so that the threads sleep."""
 _HEADS, _PAGE_TOKENS, _WIDTH = 8, 128, 64
 _ROW_BYTES = 2 * _HEADS * _PAGE_TOKENS * _WIDTH * torch.float16.itemsize
 """The bytes of one row's keys and values in a page."""
@@ -42,6 +50,7 @@ class LinkProbe:
                 f"transfer is {effort.transfer} bytes; it must be a multiple of {BLOCK} and at least {_ROW_BYTES}"
             )
         self.transfer = effort.transfer
+        self._start_bytes = align(effort.transfer // 4, BLOCK)
         self._pieces = max(effort.file // effort.transfer, 1)
         # Write before reading: all pages that were never written are mapped to one zero page, which stays cached.
         self._host = [self._take(machine.host).fill_(1) for _ in range(2)]
@@ -101,17 +110,43 @@ class LinkProbe:
                 return lambda n: partial(self._fill_pages, size)
 
     def mover(self, lane: LaneName) -> Callable[[], object]:
-        """Work that moves one transfer on its lane and waits for it. Any thread may call it.
+        """Work that moves a few transfers on a lane and waits for them. Any thread may call it.
 
-        The lanes of a GPU are streams. Copies in the caller's stream would wait for its computation.
+        The lanes of a GPU are streams. Copies in the caller's stream would wait for its computation. Only reads are
+        several, because one starts while the one before ends (`start_of_read`).
         """
         made, numbers, there = self.jobs(lane), itertools.count(), self._lanes[lane]
+        count = _MOVED if lane is LaneName.DISK_READ else 1
 
         def move() -> None:
-            there.submit(made(next(numbers)), (), _STEP).wait()
+            dones = [there.submit(made(next(numbers)), (), _STEP) for _ in range(count)]
+            for done in dones:
+                done.wait()
             there.take_events(0.0)
 
         return move
+
+    def start_of_read(
+        self, together: Callable[[Callable[[], float]], Sequence[float]], lost: float = 0.0
+    ) -> float:
+        """Seconds in which a read starts that finds the disk idle, in addition to the time of a read in a row.
+
+        Threads have to wake up, perhaps on cores on which others compute. Others do so during the read before.
+
+        together: calls the given function a few times, perhaps while others compute, and returns its results.
+        lost: the share of its rate that the disk loses meanwhile.
+        """
+        made, numbers = self.jobs(LaneName.DISK_READ, self._start_bytes), itertools.count()
+        row = [(LaneName.DISK_READ, made(n), ()) for n in range(_IN_A_ROW)]
+        in_a_row = self._watch.seconds(lambda: self._run(row)) / _IN_A_ROW
+
+        def read() -> float:
+            time.sleep(_PAUSE)
+            began = self._watch.clock()
+            self._run([(LaneName.DISK_READ, made(next(numbers)), ())])
+            return self._watch.clock() - began
+
+        return max(statistics.mean(together(read)) - in_a_row / (1 - lost), 0.0)
 
     def _place(self, n: int) -> int:
         return n % self._pieces * self.transfer

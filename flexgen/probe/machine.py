@@ -29,7 +29,7 @@ from flexgen.probe.effort import FULL, Clock, Effort, Stopwatch, on_gpu
 from flexgen.probe.elementwise import ElementwiseProbe
 from flexgen.probe.links import LinkProbe
 from flexgen.probe.overheads import cell_seconds, host_attention_seconds
-from flexgen.probe.together import lost_shares
+from flexgen.probe.together import lost_shares, meanwhile
 from flexgen.quant import CODECS, Codec
 from flexgen.results.trace import LaneName, Phase
 from flexgen.units import BLOCK, MIB, format_bytes
@@ -49,6 +49,8 @@ _OTHERS = (LaneName.TO_DEVICE, LaneName.FROM_DEVICE, LaneName.DISK_READ, LaneNam
 _OTHER_ROWS = {Phase.DECODE: ("interference", 16), Phase.PREFILL: ("prefill_interference", 512)}
 """For each phase, its table and the rows of the product that runs together with other lanes. A product with few rows
 is limited by memory bandwidth and cores, one with many rows by the cores."""
+_STARTS = 32
+"""The number of reads that find the disk idle."""
 _NOISE = 0.03
 """Shares up to this one are noise between two measurements."""
 
@@ -320,6 +322,7 @@ class _Measurement:
         links = (LaneName.HOST,) if shared else (LaneName.TO_DEVICE, LaneName.FROM_DEVICE)
         self._fixed["stage"] = self._links.latency(links)
         self._fixed["disk_job"] = self._links.latency((LaneName.DISK_READ,))
+        self._fixed["disk_start"] = self._links.start_of_read(lambda read: [read() for _ in range(_STARTS)])
         device = self._device
         dtype = device.fast_dtype(torch.float16)
         probe = ArithmeticProbe(device, dtype, self._effort, self._watch)
@@ -356,4 +359,8 @@ class _Measurement:
                 lost = lost_shares(work[one], work[other], self._effort.sampling.together, self._clock)
                 for lane, other_lane, share in ((one, other, lost[0]), (other, one, lost[1])):
                     found[f"{lane} {other_lane}"] = share if share > _NOISE else 0.0
+            if phase is Phase.DECODE:
+                together = partial(meanwhile, multiply, count=_STARTS)
+                start = self._links.start_of_read(together, found["disk_read compute"])
+                self._fixed["disk_start_busy"] = start
         probe.release()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -28,36 +29,61 @@ def lost_shares(here: Work, there: Work, seconds: float, clock: Clock) -> tuple[
     return first, second
 
 
+def meanwhile(here: Work, there: Callable[[], float], count: int) -> list[float]:
+    """The results of `count` calls of `there` in another thread. `here` repeats in this one until then."""
+    found: list[float] = []
+
+    def serve(stop: threading.Event) -> None:
+        while len(found) < count and not stop.is_set():
+            found.append(there())
+
+    with _served(serve) as thread:
+        while thread.is_alive():
+            here()
+    return found
+
+
 def _lost(here: Work, there: Work, seconds: float, clock: Clock) -> tuple[float, float]:
     alone = _alone(here, seconds / 2, clock), _alone(there, seconds / 2, clock)
     counts = [0, 0]
-    stop = threading.Event()
-    failed: list[BaseException] = []
 
-    def serve() -> None:
-        try:
-            with torch.inference_mode():
-                while not stop.is_set():
-                    there()
-                    counts[1] += 1
-        except BaseException as error:
-            failed.append(error)
+    def serve(stop: threading.Event) -> None:
+        while not stop.is_set():
+            there()
+            counts[1] += 1
 
-    thread = threading.Thread(target=serve, name="flexgen-probe")
     began = clock()
-    threads.start(thread)
-    try:
+    with _served(serve) as thread:
         while clock() - began < seconds and thread.is_alive():
             here()
             counts[0] += 1
         spent = clock() - began
+    whole = clock() - began  # the last call of `there` ends after ours
+    return 1 - counts[0] * alone[0] / spent, 1 - counts[1] * alone[1] / whole
+
+
+@contextlib.contextmanager
+def _served(serve: Callable[[threading.Event], object]) -> Iterator[threading.Thread]:
+    """A thread that runs `serve`, which ends when its event is set. Raises the error of the thread at the end."""
+    stop = threading.Event()
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            with torch.inference_mode():
+                serve(stop)
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="flexgen-probe")
+    threads.start(thread)
+    try:
+        yield thread
     finally:
         stop.set()
         thread.join()
     if failed:
         raise failed[0]
-    whole = clock() - began  # the last call of `there` ends after ours
-    return 1 - counts[0] * alone[0] / spent, 1 - counts[1] * alone[1] / whole
 
 
 def _alone(work: Work, seconds: float, clock: Clock) -> float:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from flexgen.layout.cache import Span
+from flexgen.layout.passes import LEAST_RIGHT
 
 Propose = Callable[[np.ndarray, int], Sequence[int]]
 """From the ids of a row so far (int64) and a number of tokens: guesses for the next ids, at most this number, each
@@ -29,10 +30,6 @@ an id of the model."""
 
 _LOOKED_UP = 3
 """The newest ids that must occur earlier. With two, many guesses in ordinary text are wrong."""
-
-_WORTH = 0.1
-"""A pass computes the guesses of a batch if it may expect at least this number of right ones per row. Guesses are for
-passes that wait for data, whose arithmetic has time for more tokens, but not for an amount without a limit."""
 
 _NEWEST = 0.25
 """The weight of the newest guess in the share of right ones, which may change within a few tokens."""
@@ -264,4 +261,4 @@ class Guesses:
         live = sum(row not in self._ended for row in batch.rows)
         idle = [row in self._ended or not new for row, new in zip(batch.rows, following.first, strict=True)]
         following.idle.copy_(torch.tensor(idle))
-        passes.known = _Known(token, max(lengths), expected > 0 and expected >= _WORTH * live)
+        passes.known = _Known(token, max(lengths), expected > 0 and expected >= LEAST_RIGHT * live)

@@ -133,6 +133,8 @@ def corrected(hardware: Hardware, seen: Iterable[Seen]) -> Hardware:
             ids=fixed.ids / decode,
             stage=fixed.stage / rate(LaneName.TO_DEVICE),
             disk_job=fixed.disk_job / rate(LaneName.DISK_READ),
+            disk_start=fixed.disk_start / rate(LaneName.DISK_READ),
+            disk_start_busy=fixed.disk_start_busy / rate(LaneName.DISK_READ),
         ),
     )
 

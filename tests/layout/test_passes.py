@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgen.layout.cache import Span
-from flexgen.layout.passes import CellSize, Passes
+from flexgen.layout.passes import LEAST_RIGHT, CellSize, Passes
 from flexgen.layout.topology import SHARED
 from flexgen.policy import Policy
 from flexgen.schedule.admission import entry_cells
@@ -93,6 +93,13 @@ def test_short_prompts_that_enter_in_adjacent_places_form_larger_cells():
     passes = Passes(128, rows=48, closes_up=True)
     assert passes.together([128, 100]) and not passes.together([128, 100, 90])
     assert passes.together([20] * 12) and not passes.together([20] * 13)
+
+
+def test_passes_have_guesses_where_enough_of_them_are_right():
+    policy = Policy(gpu_batch_size=4, guess=4)
+    for copied, guess in ((1, 0), (1 + LEAST_RIGHT / 2, 0), (1 + LEAST_RIGHT, 4), (3, 4)):
+        assert Passes.expected(Workload(16, 4, 4, copied=copied), policy) == Passes(16, guess=guess)
+    assert Passes.of(Workload(16, 4, 4), policy).guess == 4, "memory for them is needed in any case"
 
 
 def test_when_prompts_enter_in_cells_of_their_own():

@@ -120,8 +120,8 @@ def machines(draw):
         around_attention=draw(st.dictionaries(st.just("float16"), st.floats(0, 1))),
         fixed=dict(
             zip(
-                ("cell", "attention", "stage", "disk_job"),
-                draw(st.lists(st.floats(0, 10), max_size=4)),
+                ("cell", "attention", "stage", "disk_job", "disk_start"),
+                draw(st.lists(st.floats(0, 10), max_size=5)),
                 strict=False,
             )
         ),
@@ -209,6 +209,15 @@ def test_the_host_computes_in_the_thread_that_issues_the_steps(machine):
     assert not machine().computes_inline and machine(shares_cores=True).computes_inline
     host = {tier: nbytes for tier, nbytes in machine().capacity.items() if tier is not Tier.GPU}
     assert machine(capacity=host).computes_inline
+
+
+def test_a_read_starts_later_while_the_device_works(machine):
+    plain = machine()
+    assert not plain.replace(fixed={}).startup(serial=False)
+    slow = plain.replace(fixed={"disk_start": 1e-3, "disk_start_busy": 2e-3})
+    assert slow.startup(serial=True) == {LaneName.DISK_READ: 1e-3}
+    assert slow.startup(serial=False) == {LaneName.DISK_READ: 2e-3}
+    assert plain.replace(fixed={"disk_start": 1e-3}).startup(serial=False) == {LaneName.DISK_READ: 1e-3}
 
 
 def test_a_figure_that_is_missing_is_named(machine):

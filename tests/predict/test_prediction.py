@@ -114,6 +114,27 @@ def test_guesses_are_computed_and_passes_are_fewer(opt, machine):
     assert guessing.plan.on(Tier.GPU) > plain.plan.on(Tier.GPU), "logits of guesses"
     most = predict(opt, policy, by_hand(machine), Workload(8, 4, 3, copied=50)).report
     assert most.decode_s == pytest.approx(later, rel=1e-3), "a pass keeps at most all guesses"
+    none = predict(opt, policy, by_hand(machine), Workload(8, 4, 3)).report
+    assert none.decode_s == pytest.approx(plain.report.decode_s, rel=1e-3), (
+        "a run does not compute wrong ones"
+    )
+
+
+def test_reads_that_find_the_disk_idle_start_later(opt, machine):
+    """In a serial order, most reads find it idle. Otherwise, most of them start while another one ends."""
+    workload, start, late = Workload(5, 4, 3), 1e-3, {}
+    hardware = by_hand(machine)
+    hardware = hardware.replace(bandwidth={**hardware.bandwidth, "disk_read": 1e6})
+    for overlap in (False, True):
+        policy = Policy(gpu_batch_size=3, weights={"disk": 100}, overlap=overlap)
+        plain, slow = (
+            predict(opt, policy, hardware.replace(fixed={"disk_start": each}), workload)
+            for each in (0, start)
+        )
+        reads = sum(event.lane is LaneName.DISK_READ for event in plain.trace().events)
+        late[overlap] = (slow.report.total_s - plain.report.total_s) / (reads * start)
+    assert 0.5 < late[False] <= 1 + 1e-6
+    assert -1e-6 < late[True] < late[False]
 
 
 def test_a_prefill_in_parts_brings_the_weights_for_each_part(opt, machine):

@@ -126,6 +126,34 @@ def test_a_load_that_is_issued_after_a_computation_waits_for_it_if_the_same_thre
     assert [inline[piece] for piece in pieces] == [5.0, 6.0, 7.0, 8.0]
 
 
+def test_a_lane_starts_before_the_stage_that_it_works_on_ends():
+    """The first three loads have slots. The next one waits for that of the second layer and finds the lane idle."""
+    grid = Grid(tokens=1, layers=5, batches=1)
+    steps = number(ORDERS["overlap_single_batch"](grid), grid)
+    works = works_of(steps, costs_of({Op.LOAD_WEIGHTS: 1.0, Op.COMPUTE: 10.0}))
+
+    def ends(startup):
+        timeline = play(steps, works, startup={LaneName.TO_DEVICE: startup})
+        return [(e.step.op, e.step.layer, e.end) for e in timeline.events if e.step.op is Op.LOAD_WEIGHTS]
+
+    def loads(*times):
+        return [(Op.LOAD_WEIGHTS, layer, time) for layer, time in enumerate(times)]
+
+    assert ends(0.0) == loads(1.0, 2.0, 3.0, 22.0, 23.0)
+    assert ends(0.5) == loads(1.5, 2.5, 3.5, 23.0, 24.0)
+    assert ends(4.0) == loads(5.0, 6.0, 7.0, 30.0, 31.0)
+
+
+@given(grid=grids, name=st.sampled_from(sorted(ORDERS)), weights=seconds, compute=seconds, start=seconds)
+def test_each_load_starts_at_most_once(grid, name, weights, compute, start):
+    steps = number(ORDERS[name](grid), grid)
+    works = works_of(steps, costs_of({Op.LOAD_WEIGHTS: weights, Op.COMPUTE: compute}))
+    plain, started = (play(steps, works, startup={LaneName.TO_DEVICE: each}) for each in (0.0, start))
+    loads = sum(event.lane is LaneName.TO_DEVICE for event in plain.events)
+    assert plain.span == play(steps, works).span
+    assert plain.span - 1e-9 <= started.span <= plain.span + start * loads + 1e-9
+
+
 @given(grid=grids, name=st.sampled_from(sorted(ORDERS)), weights=seconds, compute=seconds, store=seconds)
 def test_nothing_begins_before_the_computations_issued_before_it_if_one_thread_does_both(
     grid, name, weights, compute, store
