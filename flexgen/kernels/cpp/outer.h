@@ -114,8 +114,9 @@ struct OuterOutput {
             }
             const int64_t first = m + v * LANES;
             for (int64_t k = 0; k < std::min<int64_t>(LANES, job.rows - first); ++k) {
-                if (count == OUTER_WEIGHTS) memcpy(place(first + k), found[k], OUTER_WEIGHTS * sizeof(Bf16));  // of constant size
-                else memcpy(place(first + k), found[k], count * sizeof(Bf16));
+                Bf16 *to = place(first + k);
+                if (count == OUTER_WEIGHTS) memcpy(to, found[k], OUTER_WEIGHTS * sizeof(Bf16));  // of constant size
+                else memcpy(to, found[k], count * sizeof(Bf16));
             }
         }
     }
@@ -150,7 +151,8 @@ TARGET inline void multiply_by_outer(const PackedLinear &job, int64_t begin, int
     const auto copy_of = [&](int64_t n, int64_t d, uint8_t *to) {
         const uint8_t *from = job.packed + n * row_bytes + operand.first_line(d) * LINE;
         const int64_t rows = std::clamp<int64_t>(job.out - n, 0, OUTER_WEIGHTS);
-        return RowCopy{from, row_bytes, to, rows, operand.depth_lines(d), n + rows < job.out ? from + rows * row_bytes : from};
+        const uint8_t *after = n + rows < job.out ? from + rows * row_bytes : from;
+        return RowCopy{from, row_bytes, to, rows, operand.depth_lines(d), after};
     };
     // The first band has one tile, because nothing is multiplied while its first depth is copied.
     const int64_t most = std::min(OUTER_TILES, operand.panels);
