@@ -30,9 +30,9 @@ ROWS = 1024
 """Rows of x that are widened at once."""
 PIECE_BYTES = 4 * MIB
 """Bytes in float32 of a piece of the matrix that is widened at once. It stays in a cache until it is multiplied."""
-_TILE_ROWS, _DEPTH_BYTES, _LINE = 4, 4096, 64
-"""The same as in cpp/tiles.h: x is copied in whole tiles of rows, `_DEPTH_BYTES` of all rows before the next ones, in
-whole cache lines, with a line between rows."""
+_WHOLE_ROWS, _DEPTH_BYTES, _LINE = 16, 4096, 64
+"""x is copied in whole vectors of rows (cpp/outer.h), or in tiles of fewer rows (cpp/tiles.h): `_DEPTH_BYTES` of all
+rows before the next ones, in whole cache lines, with a line between rows."""
 
 
 def _has_tiles(dtype: torch.dtype) -> bool:
@@ -82,7 +82,7 @@ def workspace_bytes(rows: int, out_size: int, in_size: int, dtype: torch.dtype) 
         item = dtype.itemsize if paired else torch.float32.itemsize
         row_bytes = in_size * item
         pitch = align(min(row_bytes, _DEPTH_BYTES), _LINE) + _LINE
-        return align(min(rows, SPAN), _TILE_ROWS) * -(-row_bytes // _DEPTH_BYTES) * pitch
+        return align(min(rows, SPAN), _WHOLE_ROWS) * -(-row_bytes // _DEPTH_BYTES) * pitch
     return 0 if has_products(dtype) else pieces_bytes(rows, out_size, in_size)
 
 

@@ -65,6 +65,28 @@ def test_every_shape(variant, dtype, rows, out_size, in_size, biased):
 
 @needs_kernel
 @pytest.mark.parametrize("variant", VARIANTS)
+@given(
+    dtype=st.sampled_from(HALVES),
+    vectors=st.one_of(st.integers(2, 9), st.integers(15, 18)),
+    idle=st.integers(0, 2),
+    out_size=st.integers(1, 140),
+    lines=st.one_of(st.integers(1, 4), st.integers(30, 34), st.integers(62, 70), st.integers(95, 98)),
+    threads=st.integers(1, 3),
+)
+def test_whole_vectors_of_rows_and_whole_lines(variant, dtype, vectors, idle, out_size, lines, threads):
+    # Rows of whole cache lines are copied between products, for depths that may differ in size.
+    before = native.variant()
+    native.set_variant(variant)
+    torch.set_num_threads(threads)
+    try:
+        x, weight, bias = operands(dtype, (16 * vectors - idle,), out_size, 32 * lines, True)
+        assert_exact(multiply_natively(x, weight, bias), x, weight, bias)
+    finally:
+        native.set_variant(before)
+
+
+@needs_kernel
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("in_size", [4096, 4097, 5000, 8192])
 def test_one_long_row(variant, dtype, in_size):
@@ -113,7 +135,7 @@ def test_a_row_depends_on_no_other(variant):
     before = native.variant()
     native.set_variant(variant)
     try:
-        for dtype, rows in itertools.product(HALVES, (37, 70)):
+        for dtype, rows in itertools.product(HALVES, (32, 37, 70)):
             x, weight, _ = operands(dtype, (rows,), 75, 130, False)
             together = multiply_natively(x, weight)
             x[1:], weight[1:] = float("nan"), float("nan")
@@ -128,7 +150,7 @@ def test_a_row_depends_on_no_other(variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(
-    ("rows", "out_size"), [(1, 700), (2, 700), (5, 700), (33, 700), (300, 700), (300, 5)]
+    ("rows", "out_size"), [(1, 700), (2, 700), (5, 700), (32, 700), (33, 700), (300, 700), (300, 5)]
 )
 def test_results_do_not_depend_on_the_threads(variant, dtype, rows, out_size, monkeypatch):
     before = native.variant()

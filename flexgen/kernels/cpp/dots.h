@@ -20,39 +20,6 @@ INLINE void write_outputs(const PackedLinear &job, Vec totals, int64_t m, int64_
     write_vector<Half>(job, totals, m, n, count);
 }
 
-// Transpose 16 rows of floats with distance `stride`: `to[i]` is column i.
-INLINE void transpose(const float *from, int64_t stride, Vec (&to)[LANES]) {
-    __m512 a[16], b[16];
-    UNROLLED
-    for (int i = 0; i < 16; ++i) a[i] = load(from + i * stride);
-    UNROLLED
-    for (int i = 0; i < 16; i += 2) {
-        b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
-    }
-    UNROLLED
-    for (int i = 0; i < 16; i += 4) {
-        UNROLLED
-        for (int k = 0; k < 2; ++k) {
-            const __m512d low = (__m512d)b[i + k], high = (__m512d)b[i + 2 + k];
-            a[i + 2 * k] = (__m512)_mm512_unpacklo_pd(low, high);
-            a[i + 2 * k + 1] = (__m512)_mm512_unpackhi_pd(low, high);
-        }
-    }
-    // a[4 * r + c] has, in each of its four parts p, column 4 * p + c of the rows from 4 * r.
-    UNROLLED
-    for (int c = 0; c < 4; ++c) {
-        const __m512 even_low = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x88);
-        const __m512 even_high = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x88);
-        const __m512 odd_low = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xdd);
-        const __m512 odd_high = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xdd);
-        to[c] = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
-        to[8 + c] = _mm512_shuffle_f32x4(even_low, even_high, 0xdd);
-        to[4 + c] = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
-        to[12 + c] = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
-    }
-}
-
 }  // namespace dots
 }  // namespace VARIANT
 

@@ -25,7 +25,6 @@ struct Rows {
     std::vector<float> scales, minimums;
 };
 
-inline int64_t whole(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 INLINE int64_t padded(int64_t groups) { return (groups + LANES - 1) / LANES * LANES; }
 
 // x in float32: q * scale + minimum is exactly the float32 value that `dequantise` writes.
@@ -157,6 +156,7 @@ inline float *aligned(std::vector<float> &room, int64_t count) {
 #include "tiles.h"
 #include "matrix_vector.h"
 #ifdef FLEXGEN_DOT_BF16
+#include "outer.h"
 #include "dots.h"
 #endif
 
@@ -169,11 +169,12 @@ void multiply_any(const PackedLinear &job, int64_t begin, int64_t end) {
     case Method::vector: return multiply_plain_vector(job, begin, end);
     case Method::tiles: return multiply_tiled(job, begin, end);
     case Method::blocks: return multiply_bits<Wide>(job, begin, end);
-    default:
 #ifdef FLEXGEN_DOT_BF16
-        dots::multiply(job, begin, end);
+    case Method::outer: return multiply_by_outer(job, begin, end);
+    default: return dots::multiply(job, begin, end);
+#else
+    default: return;
 #endif
-        return;
     }
 }
 
@@ -197,11 +198,12 @@ TARGET void prepare_any(PackedLinear &job) {
     case Method::vector:
     case Method::blocks: return prepare_rows(job);
     case Method::tiles: return prepare_tiled(job);
-    default:
 #ifdef FLEXGEN_DOT_BF16
-        dots::prepare(job);
+    case Method::outer: return prepare_outer(job);
+    default: return dots::prepare(job);
+#else
+    default: return;
 #endif
-        return;
     }
 }
 
@@ -209,6 +211,7 @@ TARGET void prepare_any(PackedLinear &job) {
 void order_any(const PackedLinear &job, int64_t first, int64_t last) {
     if (method_of(job) == Method::tiles) return order_tiled(job, first, last);
 #ifdef FLEXGEN_DOT_BF16
+    if (method_of(job) == Method::outer) return order_outer(job, first, last);
     dots::order(job, first, last);
 #endif
 }

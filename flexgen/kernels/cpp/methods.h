@@ -13,6 +13,7 @@ enum class Method {
     panels,  // panels.h: 32 rows of W at a time, unpacked once for all rows of x
     vector,  // matrix_vector.h: a row of W after the other
     tiles,  // tiles.h: tiles of a few rows of W and of x
+    outer,  // outer.h: the same with whole vectors of rows of x; only for bfloat16 with dot products
     blocks,  // linear.h: a few rows of W at a time, unpacked in registers for each block of x
 };
 
@@ -29,6 +30,8 @@ constexpr Range INT8_BY_DOTS[] = {{1, Method::lines}, {64, Method::strips}, {ANY
 constexpr Range INTEGERS[] = {{16, Method::blocks}, {ANY, Method::tiles}};
 constexpr Range HALVES[] = {{1, Method::vector}, {ANY, Method::tiles}};
 constexpr int64_t WIDENED_IN_TILES = 16;  // up to this many rows of x, tiles widen half types in registers
+
+constexpr int64_t whole(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 
 constexpr int64_t DOTS_GROUP = 64;  // groups for dot products are multiples of it
 
@@ -53,9 +56,13 @@ inline bool by_dots(const PackedLinear &job) {
 #endif
 }
 
+// Whether few lanes of two or more vectors are idle if a lane is a row of x.
+inline bool fills_lanes(int64_t rows) { return rows > LANES && 10 * rows >= 9 * whole(rows, LANES); }
+
 inline Method method_of(const PackedLinear &job) {
     const Range *range = by_dots(job) ? (job.bits == 4 ? INT4_BY_DOTS : INT8_BY_DOTS) : job.bits == 16 ? HALVES : INTEGERS;
     while (job.rows > range->rows) ++range;
+    if (range->method == Method::tiles && by_pairs(job) && fills_lanes(job.rows)) return Method::outer;
     return range->method;
 }
 

@@ -12,6 +12,7 @@
 // The approximate size of a piece of W, if x has one row. At the end of a product, a thread waits for at most one piece.
 constexpr int64_t WEIGHT_PIECE_BYTES = 64 << 10;
 constexpr int64_t ROWS_AT_ONCE = 256;  // of x
+constexpr int64_t WHOLE_ROWS = 32;  // of x; no variant multiplies more of them with a value of W at a time
 
 // One of the matrices that are multiplied with the same x.
 struct Matrix {
@@ -126,8 +127,12 @@ inline void multiply(const Variant &variant, PackedLinear &job, const std::vecto
                      Streams *streams = nullptr) {
     if (job.rows <= ROWS_AT_ONCE) return multiply_at_once(variant, job, matrices, threads, streams);
     const int64_t parts = (job.rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, item = element_bytes(job.type);
+    const auto first_row = [&](int64_t part) {
+        const int64_t row = job.rows * part / parts;
+        return std::min((row + WHOLE_ROWS - 1) / WHOLE_ROWS * WHOLE_ROWS, job.rows);
+    };
     for (int64_t part = 0; part < parts; ++part) {
-        const int64_t begin = job.rows * part / parts, end = job.rows * (part + 1) / parts;
+        const int64_t begin = first_row(part), end = first_row(part + 1);
         PackedLinear own = job;
         own.rows = end - begin;
         own.x = (const char *)job.x + begin * job.in * item;
