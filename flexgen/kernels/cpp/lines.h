@@ -1,5 +1,6 @@
-// Products of one row of x with group-wise integers. Two adjacent rows of W are multiplied at once, so that x is loaded half
-// as often: a long x takes much of the L1 cache. The rows are prefetched line by line.
+// Products of one row of x with group-wise integers: each row of W is one stream of codes. Several streams of one page
+// would mislead the prefetchers of some processors, which then read at half of the speed. But a long x takes much of the L1
+// cache. With four bits, two adjacent rows of W are multiplied with it at once, so that it is loaded half as often.
 #pragma once
 
 namespace VARIANT {
@@ -8,6 +9,7 @@ namespace dots {
 constexpr int64_t AHEAD = 8192;  // bytes from a line to the one that is prefetched: to the L2 cache, because the L1 cache can
                                  // wait for few lines at a time
 constexpr int AT_ONCE = 4;  // lines that are multiplied at once
+constexpr int64_t LONG_X = 4096;  // values, in bfloat16 a quarter of an L1 cache
 
 // A line of codes: two chunks of four bits, or one of eight.
 template <int BITS>
@@ -183,16 +185,13 @@ APART void multiply_lines(const PackedLinear &job, int64_t begin, int64_t end) {
         // First, so that the products of a row need not wait for them.
         for (int64_t k = 0; k < count; ++k)
             chunk_scales<Kind, BITS>(job, n + k, every + 2 * k * stride, every + (2 * k + 1) * stride);
-        for (int64_t k = 0; k < count; k += 2) {
+        for (int64_t k = 0, rows; k < count; k += rows) {
             const uint8_t *codes = job.packed + (n + k) * bytes;
             const float *own = every + 2 * k * stride;
-            prefetch_scales(job, n + k + LANES);
-            if (k + 1 == count) {
-                multiply_adjacent<Kind, BITS, 1>(job, codes, own, sums + k);
-                continue;
-            }
-            prefetch_scales(job, n + k + 1 + LANES);
-            multiply_adjacent<Kind, BITS, 2>(job, codes, own, sums + k);
+            rows = BITS == 4 && job.in > LONG_X && k + 1 < count ? 2 : 1;
+            for (int64_t row = 0; row < rows; ++row) prefetch_scales(job, n + k + row + LANES);
+            if (BITS == 4 && rows == 2) multiply_adjacent<Kind, BITS, 2>(job, codes, own, sums + k);
+            else multiply_adjacent<Kind, BITS, 1>(job, codes, own, sums + k);
         }
         write_outputs(job, VARIANT::sums(sums), 0, n, count);
     }
