@@ -3,9 +3,14 @@
     python benchmarks/decode_profile.py --work-dir DIR [--model qwen3-30b-a3b-cut] [--format bf16 int4] [--batch 1]
 
 DIR has the models of cpu_peers.py. For each number format, the script decodes a few tokens and times each call of the
-recorded cells (`flexgen.kernels.tape`). `between` is the rest of a step: Python, kernels of torch, and cells that are
-not recorded. Times are medians of the steps, in ms. A product has its share of the read bandwidth, which is measured
-before and after each format.
+recorded cells (`flexgen.kernels.tape`). Times are medians of the steps, in ms, so their sum may differ from the mean
+step. A product has its share of the read bandwidth, which is measured before and after each format. The other parts:
+
+- `between calls`: to start and to end the work of the threads in a pass, and between its kernels.
+- `between passes`: from the last kernel of a pass to the first of the next one. It is Python code, which chooses and
+  stores the ids, and the embedding.
+- `first step`: what the first step, whose kernels are recorded one by one, and the beginning and the end of the call
+  take longer than a median step, divided by the number of steps.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from cpu_peers import FORMATS, MODELS, PROMPT_LEN, instruction_sets, read_bandwi
 from record import save
 
 from flexgen import OptLM, Policy
-from flexgen.kernels.tape import profiled
+from flexgen.kernels.tape import Profile, profiled
 
 BITS = {"int8": 8.5, "int4": 4.5}
 
@@ -76,7 +81,8 @@ def profile(form: str, args: argparse.Namespace) -> dict[str, Any]:
         read.append(read_bandwidth())
         weight_bytes = sum(model.placement.nbytes.values())
     bandwidth = statistics.median(read)
-    parts = by_part(replays, args.new - 1)
+    passes = by_pass(replays, args.new - 1)
+    parts = by_call(passes) | around(passes, timed, args.new - 1)
     figures: dict[str, Any] = {
         "read_bytes_per_s": bandwidth,
         "step_s": plain,
@@ -88,25 +94,44 @@ def profile(form: str, args: argparse.Namespace) -> dict[str, Any]:
         if values := product_values(name):
             nbytes = part["calls"] * values * BITS.get(form, 16) / 8
             part["read_share"] = nbytes / part["s"] / bandwidth
-    figures["parts"]["between"] = {"s": timed - sum(seconds for seconds, _ in parts.values()), "calls": 1}
     return figures
 
 
-def by_part(replays: list[list[tuple[str, float]]], steps: int) -> dict[str, tuple[float, int]]:
-    """The median seconds of a step and its number of calls, by name of the call.
-
-    The first steps record the cells, one by one: only the last half of the steps is used.
-    """
+def by_pass(replays: list[Profile], steps: int) -> list[list[Profile]]:
+    """The replays of each pass that has as many as the last one."""
     each = max(round(len(replays) / steps), 1)
-    per_step = [replays[n : n + each] for n in range(len(replays) % each, len(replays), each)]
-    half = per_step[len(per_step) // 2 :]
+    return [replays[n : n + each] for n in range(len(replays) % each, len(replays), each)]
+
+
+def by_call(passes: list[list[Profile]]) -> dict[str, tuple[float, int]]:
+    """The median seconds of a pass and its number of calls, by name of the call. Only the last half is used."""
+    half = passes[len(passes) // 2 :]
     sums: list[Counter[str]] = [Counter() for _ in half]
     for total, own in zip(sums, half, strict=True):
-        for replay in own:
-            for name, seconds in replay:
-                total[name] += seconds
-    calls = Counter(name for replay in half[-1] for name, _ in replay)
+        for name, seconds in all_calls(own):
+            total[name] += seconds
+    calls = Counter(name for name, _ in all_calls(half[-1]))
     return {name: (statistics.median(total[name] for total in sums), n) for name, n in calls.items()}
+
+
+def all_calls(replays: list[Profile]) -> list[tuple[str, float]]:
+    return [call for replay in replays for call in replay.calls]
+
+
+def around(passes: list[list[Profile]], step: float, steps: int) -> dict[str, tuple[float, int]]:
+    """The parts of a mean `step` that are not in calls, like `by_call`."""
+    starts, ends = [own[0].start for own in passes], [own[-1].end for own in passes]
+    spans = [end - start for start, end in zip(starts, ends, strict=True)]
+    outside = [
+        span - sum(seconds for _, seconds in all_calls(own)) for span, own in zip(spans, passes, strict=True)
+    ]
+    gap = statistics.median(start - end for start, end in zip(starts[1:], ends, strict=False))
+    first = step * steps - (ends[-1] - starts[0]) - (steps - len(passes)) * (statistics.median(spans) + gap)
+    return {
+        "between calls": (statistics.median(outside), 1),
+        "between passes": (gap, 1),
+        "first step": (first / steps, 1),
+    }
 
 
 def product_values(name: str) -> int:

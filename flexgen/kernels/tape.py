@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -49,16 +49,25 @@ def replay(tapes: Sequence[Tape], later: int) -> list[float]:
     if _profile is None:
         return native.replay(*arguments)
     began = time.perf_counter()
-    _profile.append(native.profile(*arguments))
-    return [time.perf_counter() - began] * len(tapes)
+    calls = native.profile(*arguments)
+    _profile.append(Profile(began, time.perf_counter(), calls))
+    return [_profile[-1].end - began] * len(tapes)
 
 
-_profile: list[list[tuple[str, float]]] | None = None
+class Profile(NamedTuple):
+    """When a `replay` began and ended (`time.perf_counter`), and the name and the seconds of each call."""
+
+    start: float
+    end: float
+    calls: list[tuple[str, float]]
+
+
+_profile: list[Profile] | None = None
 
 
 @contextmanager
-def profiled() -> Iterator[list[list[tuple[str, float]]]]:
-    """The name and the seconds of each call in each `replay` within the context. Only for benchmarks."""
+def profiled() -> Iterator[list[Profile]]:
+    """The profile of each `replay` within the context. Only for benchmarks."""
     global _profile
     _profile = []
     try:

@@ -99,6 +99,8 @@ class Generation:
                 joined[first] = range(first, j + 1)
             else:
                 first = j
+        if 1 in joined:  # the embedding has no tape
+            joined = {0: range(joined.pop(1).stop), **joined}
         return joined
 
     @cached_property

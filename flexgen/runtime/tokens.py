@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,7 +82,10 @@ class NewTokens:
         count = len(prompts.lengths)
         self._names = range(count) if names is None else names
         self.ids = torch.full((count, tokens), prompts.pad_id, dtype=torch.int64)
-        self._ended = torch.zeros(count, dtype=torch.bool)
+        # Arrays of NumPy, not tensors: weights have replaced the code of torch's operations in the caches of a CPU
+        # after each pass, and NumPy's code is smaller.
+        self._stored = self.ids.numpy()
+        self._ended = np.zeros(count, dtype=bool)
         self._guesses = prompts.guesses
         self.can_finish = choice.can_end or self._guesses is not None or prompts.seating is not None
 
@@ -155,7 +159,7 @@ class NewTokens:
         kept: list[list[int]] = [[] for _ in own.rows]
         # Position after position, so that a row that ends gets no more.
         for n in range(drawn.shape[1]):
-            ended = self._ended[list(own.rows)].tolist()
+            ended = self._ended[list(own.rows)]
             # A row without a first new token is a prompt that is not computed yet.
             live = [row for row, ids in enumerate(got) if n < len(ids) and first[row] and not ended[row]]
             if live:
@@ -166,33 +170,34 @@ class NewTokens:
         self._guesses.advance(own, token, kept, self._rows_ended())
 
     def _rows_ended(self) -> set[int]:
-        return set(self._ended.nonzero().flatten().tolist())
+        return set(np.flatnonzero(self._ended).tolist())
 
     def _accept(self, token: Tokens, rows: Rows, ids: Tensor) -> None:
         """Store the ids chosen for these rows as `token`. In `ids`, rows that ended before get the pad id."""
-        names, tokens = self._named(rows), torch.as_tensor(token).expand(len(rows))
-        before = self._ended[rows]
-        ids.masked_fill_(before, self._prompts.pad_id)
-        if (ids == INVALID).any():
-            place = ids.tolist().index(INVALID)
+        names, own, made = self._named(rows), list(rows), ids.numpy()
+        tokens = np.broadcast_to(np.asarray(token), len(own))
+        before = self._ended[own]
+        made[before] = self._prompts.pad_id
+        if INVALID in made:
+            place = made.tolist().index(INVALID)
             raise LaneError(
                 f"row {names[place]} has logits that are NaN or infinite at new token {tokens[place]}, so no id can "
                 "be chosen. NaN or infinite weights, or values beyond the range of float16, cause this: check the "
                 'checkpoint, or open the model with dtype="bfloat16" or "float32"'
             )
-        self.ids[rows, tokens] = ids
-        self.count += len(ids) - int(before.sum())
-        ended = before
+        self._stored[own, tokens] = made
+        self.count += len(own) - int(np.count_nonzero(before))
+        ended = before | (tokens == self._stored.shape[1] - 1)
         if self._choice.can_end:
-            ended = before | self._choice.ends(ids, names, token)
-        ended = ended | (tokens == self.ids.shape[1] - 1)
-        self._ended[rows] = ended
+            ended |= np.asarray(self._choice.ends(ids, names, token), dtype=bool)
+        self._ended[own] = ended
         if not self._listeners:
             return
-        for number in tokens.unique().tolist():
-            some = (tokens == number).nonzero().flatten().tolist()
+        for number in np.unique(tokens).tolist():
+            some = np.flatnonzero(tokens == number)
             live = ~before[some]
-            new = NewIds([names[n] for n in some], number, ids[some], live, live & ended[some])
+            parts = (torch.from_numpy(part) for part in (made[some], live, live & ended[some]))
+            new = NewIds([names[n] for n in some], number, *parts)
             for listener in self._listeners:
                 listener(new)
 

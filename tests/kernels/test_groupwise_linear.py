@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -187,6 +189,18 @@ def test_a_row_depends_on_no_other(variant):
             together = multiply_natively(*case.arguments)
             case.x[1:] = float("nan")
             assert torch.equal(multiply_natively(*case.arguments)[0], together[0])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("groups", [1, 9, 67])
+def test_a_product_does_not_depend_on_other_rows_of_the_matrix(variant, bits, groups):
+    """With one row of x, kernels may multiply two rows of W at once, and the last one alone."""
+    case = Case(torch.bfloat16, 1, 19, groups, bits)
+    x, packed, bias = case.arguments
+    every = multiply_natively(x, packed, bias)
+    for part in (slice(0, 1), slice(1, 2), slice(1, 4), slice(2, 19)):
+        parts = {name: getattr(packed, name)[part] for name in ("values", "scales", "minimums")}
+        assert multiply_natively(x, replace(packed, **parts), bias[part]).equal(every[:, part])
 
 
 def test_the_public_function_takes_what_fits(version, monkeypatch):

@@ -1,5 +1,6 @@
 // Products of one row of x with group-wise integers: each row of W is one stream of codes. Several streams of one page
-// would mislead the prefetchers of some processors, which then read at half of the speed.
+// would mislead the prefetchers of some processors, which then read at half of the speed. But a long x takes much of the L1
+// cache. With four bits, two adjacent rows of W are multiplied with it at once, so that it is loaded half as often.
 #pragma once
 
 namespace VARIANT {
@@ -8,6 +9,7 @@ namespace dots {
 constexpr int64_t AHEAD = 8192;  // bytes from a line to the one that is prefetched: to the L2 cache, because the L1 cache can
                                  // wait for few lines at a time
 constexpr int AT_ONCE = 4;  // lines that are multiplied at once
+constexpr int64_t LONG_X = 4096;  // values, in bfloat16 a quarter of an L1 cache
 
 // A line of codes: two chunks of four bits, or one of eight.
 template <int BITS>
@@ -65,27 +67,37 @@ INLINE Vec line_scale(const float *scales, int64_t line) {
     return _mm512_mask_broadcastss_ps(splat(scales[2 * line]), 0xff00, _mm_load_ss(scales + 2 * line + 1));
 }
 
-// Add the products of LINES lines. A product waits several cycles for the previous one of its sum, and a processor looks
-// only a few lines ahead, so the sums of the lines take turns.
-template <class Kind, int BITS, int LINES>
-INLINE void add_lines(const __m512i (&codes)[LINES], const uint32_t *x, const float *scales, const float *x_scales,
-                      int64_t line, Vec (&total)[LINES]) {
+// Add the products of LINES lines of ROWS rows to their totals from FIRST on. A product waits several cycles for the
+// previous one of its sum, and a processor looks only a few lines ahead, so the sums of the lines take turns.
+template <class Kind, int BITS, int FIRST, int ROWS, int LINES, int TOTALS>
+INLINE void add_lines(const __m512i (&codes)[ROWS][LINES], const uint32_t *x, const float *const (&scales)[ROWS],
+                      const float *x_scales, int64_t line, Vec (&total)[ROWS][TOTALS]) {
     constexpr int STEPS = steps_of<Kind, BITS>;
-    __m512i w[LINES][STEPS];
-    typename Kind::Sum sum[LINES] = {};
+    __m512i w[ROWS][LINES][STEPS];
+    typename Kind::Sum sum[ROWS][LINES] = {};
     x += line * STEPS * LANES;
     UNROLLED
-    for (int n = 0; n < LINES; ++n) Kind::unpack_line(codes[n], w[n], std::integral_constant<int, BITS>());
+    for (int r = 0; r < ROWS; ++r) {
+        UNROLLED
+        for (int n = 0; n < LINES; ++n) Kind::unpack_line(codes[r][n], w[r][n], std::integral_constant<int, BITS>());
+    }
     UNROLLED
     for (int step = 0; step < STEPS; ++step) {
         UNROLLED
-        for (int n = 0; n < LINES; ++n) sum[n] = Kind::add(sum[n], w[n][step], load_line(x + (n * STEPS + step) * LANES));
+        for (int n = 0; n < LINES; ++n) {
+            const __m512i values = load_line(x + (n * STEPS + step) * LANES);
+            UNROLLED
+            for (int r = 0; r < ROWS; ++r) sum[r][n] = Kind::add(sum[r][n], w[r][n][step], values);
+        }
     }
     UNROLLED
     for (int n = 0; n < LINES; ++n) {
-        const Vec scale = line_scale<BITS>(scales, line + n);
-        const Vec both = Kind::ROUNDED ? scale * load(x_scales + (line + n) * LANES) : scale;
-        total[n] = fma(Kind::number(sum[n]), both, total[n]);
+        UNROLLED
+        for (int r = 0; r < ROWS; ++r) {
+            const Vec scale = line_scale<BITS>(scales[r], line + n);
+            const Vec both = Kind::ROUNDED ? scale * load(x_scales + (line + n) * LANES) : scale;
+            total[r][FIRST + n] = fma(Kind::number(sum[r][n]), both, total[r][FIRST + n]);
+        }
     }
 }
 
@@ -98,50 +110,88 @@ INLINE void prefetch_scales(const PackedLinear &job, int64_t row) {
     }
 }
 
+// Add the products of the next LINES lines of each row to its totals from FIRST on.
+template <class Kind, int BITS, int FIRST, int LINES, int ROWS>
+INLINE void multiply_next(const PackedLinear &job, const uint8_t *codes, const float *const (&scales)[ROWS],
+                          int64_t line, Vec (&total)[ROWS][AT_ONCE]) {
+    const int64_t bytes = job.in * BITS / 8;
+    __m512i some[ROWS][LINES];
+    UNROLLED
+    for (int r = 0; r < ROWS; ++r) {
+        UNROLLED
+        for (int i = 0; i < LINES; ++i) {
+            const uint8_t *at = codes + r * bytes + (line + i) * LINE;
+            __builtin_prefetch(at + AHEAD, 0, 2);
+            some[r][i] = kept(load_line(at));
+        }
+    }
+    add_lines<Kind, BITS, FIRST>(some, (const uint32_t *)job.operand, scales, job.x_scales, line, total);
+}
+
+// Write the products of ROWS adjacent rows of W to `sums`, as lanes to be added up. They do not depend on ROWS. `codes`:
+// where the first row begins. `every`: the scales and the minimums of each row.
+template <class Kind, int BITS, int ROWS>
+INLINE void multiply_adjacent(const PackedLinear &job, const uint8_t *codes, const float *every, Vec *sums) {
+    const int64_t stride = padded(chunks_of(job)), bytes = job.in * BITS / 8, lines = lines_of(job);
+    const uint32_t *x = (const uint32_t *)job.operand;
+    const float *scales[ROWS];
+    Vec total[ROWS][AT_ONCE] = {};
+    UNROLLED
+    for (int r = 0; r < ROWS; ++r) scales[r] = every + 2 * r * stride;
+    int64_t line = 0;
+    for (; (line + AT_ONCE) * LINE <= bytes; line += AT_ONCE) {
+        if constexpr (ROWS == 1) {
+            multiply_next<Kind, BITS, 0, AT_ONCE>(job, codes, scales, line, total);
+        } else {
+            multiply_next<Kind, BITS, 0, AT_ONCE / 2>(job, codes, scales, line, total);
+            multiply_next<Kind, BITS, AT_ONCE / 2, AT_ONCE / 2>(job, codes, scales, line + AT_ONCE / 2, total);
+        }
+    }
+    UNROLLED
+    for (int r = 0; r < ROWS; ++r) {
+        const uint8_t *own = codes + r * bytes;
+        const float *const own_scales[] = {scales[r]};
+        Vec rest[1][1] = {};
+        for (int64_t c = 0; c < stride; c += LANES)
+            rest[0][0] = fma(load(scales[r] + stride + c), load(job.sums + c), rest[0][0]);
+        int64_t left = line;
+        if ((left + 2) * LINE <= bytes) {
+            const __m512i some[1][2] = {{load_line(own + left * LINE), load_line(own + (left + 1) * LINE)}};
+            Vec two[1][2] = {};
+            add_lines<Kind, BITS, 0>(some, x, own_scales, job.x_scales, left, two);
+            rest[0][0] += two[0][0] + two[0][1];
+            left += 2;
+        }
+        for (; left < lines; ++left) {
+            const bool all = (left + 1) * LINE <= bytes;
+            const __m512i some[1][1] = {
+                {all ? load_line(own + left * LINE) : _mm512_zextsi256_si512(raw<__m256i>(own + left * LINE))}};
+            add_lines<Kind, BITS, 0>(some, x, own_scales, job.x_scales, left, rest);
+        }
+        sums[r] = rest[0][0];
+        UNROLLED
+        for (int i = 0; i < AT_ONCE; ++i) sums[r] += total[r][i];
+    }
+}
+
 template <class Kind, int BITS>
 APART void multiply_lines(const PackedLinear &job, int64_t begin, int64_t end) {
-    const int64_t stride = padded(chunks_of(job)), bytes = job.in * BITS / 8, lines = lines_of(job);
+    const int64_t stride = padded(chunks_of(job)), bytes = job.in * BITS / 8;
     static thread_local std::vector<float> room;
     float *every = aligned(room, LANES * 2 * stride);
-    const uint32_t *x = (const uint32_t *)job.operand;
     Vec sums[LANES] = {};
     for (int64_t n = begin; n < end; n += LANES) {
         const int64_t count = std::min<int64_t>(LANES, end - n);
         // First, so that the products of a row need not wait for them.
         for (int64_t k = 0; k < count; ++k)
             chunk_scales<Kind, BITS>(job, n + k, every + 2 * k * stride, every + (2 * k + 1) * stride);
-        for (int64_t k = 0; k < count; ++k) {
-            prefetch_scales(job, n + k + LANES);
+        for (int64_t k = 0, rows; k < count; k += rows) {
             const uint8_t *codes = job.packed + (n + k) * bytes;
-            const float *scales = every + 2 * k * stride, *minimums = scales + stride;
-            Vec total[AT_ONCE] = {}, rest[1] = {};
-            for (int64_t c = 0; c < stride; c += LANES) rest[0] = fma(load(minimums + c), load(job.sums + c), rest[0]);
-            int64_t line = 0;
-            for (; (line + AT_ONCE) * LINE <= bytes; line += AT_ONCE) {
-                __m512i some[AT_ONCE];
-                UNROLLED
-                for (int64_t i = 0; i < AT_ONCE; ++i) {
-                    __builtin_prefetch(codes + (line + i) * LINE + AHEAD, 0, 2);
-                    some[i] = kept(load_line(codes + (line + i) * LINE));
-                }
-                add_lines<Kind, BITS>(some, x, scales, job.x_scales, line, total);
-            }
-            if ((line + 2) * LINE <= bytes) {
-                const __m512i some[] = {load_line(codes + line * LINE), load_line(codes + (line + 1) * LINE)};
-                Vec two[2] = {};
-                add_lines<Kind, BITS>(some, x, scales, job.x_scales, line, two);
-                rest[0] += two[0] + two[1];
-                line += 2;
-            }
-            for (; line < lines; ++line) {
-                const bool whole = (line + 1) * LINE <= bytes;
-                const __m512i some[] = {whole ? load_line(codes + line * LINE)
-                                              : _mm512_zextsi256_si512(raw<__m256i>(codes + line * LINE))};
-                add_lines<Kind, BITS>(some, x, scales, job.x_scales, line, rest);
-            }
-            sums[k] = rest[0];
-            UNROLLED
-            for (int i = 0; i < AT_ONCE; ++i) sums[k] += total[i];
+            const float *own = every + 2 * k * stride;
+            rows = BITS == 4 && job.in > LONG_X && k + 1 < count ? 2 : 1;
+            for (int64_t row = 0; row < rows; ++row) prefetch_scales(job, n + k + row + LANES);
+            if (BITS == 4 && rows == 2) multiply_adjacent<Kind, BITS, 2>(job, codes, own, sums + k);
+            else multiply_adjacent<Kind, BITS, 1>(job, codes, own, sums + k);
         }
         write_outputs(job, VARIANT::sums(sums), 0, n, count);
     }

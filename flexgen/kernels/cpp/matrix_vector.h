@@ -13,9 +13,12 @@ INLINE Vec row_sums(const typename Kind::Weight *w, const typename Kind::X *x, i
     Vec sum[CHAINS] = {};
     int64_t i = 0;
     for (; i + CHAINS * Kind::STEP <= count; i += CHAINS * Kind::STEP) {
+        // Together, so that they need not wait for loads.
+        UNROLLED
+        for (int64_t at = 0; at < CHAINS * Kind::STEP * (int64_t)sizeof *w; at += LINE)
+            __builtin_prefetch((const uint8_t *)(w + i) + at + AHEAD_BYTES, 0, 2);
         for (int c = 0; c < CHAINS; ++c) {
             const int64_t at = i + c * Kind::STEP;
-            if (at * sizeof *w % LINE == 0) __builtin_prefetch((const uint8_t *)(w + at) + AHEAD_BYTES, 0, 2);
             sum[c] = Kind::add(sum[c], Kind::values(w + at), Kind::values(x + at));
         }
     }
