@@ -197,7 +197,7 @@ class NewTokens:
             some = np.flatnonzero(tokens == number)
             live = ~before[some]
             parts = (torch.from_numpy(part) for part in (made[some], live, live & ended[some]))
-            new = NewIds([names[n] for n in some], number, *parts)
+            new = NewIds([names[n] for n in some.tolist()], number, *parts)
             for listener in self._listeners:
                 listener(new)
 
