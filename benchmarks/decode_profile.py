@@ -4,13 +4,14 @@
 
 DIR has the models of cpu_peers.py. For each number format, the script decodes a few tokens and times each call of the
 recorded cells (`flexgen.kernels.tape`). Times are medians of the steps, in ms, so their sum may differ from the mean
-step. A product has its share of the read bandwidth, which is measured before and after each format. The other parts:
+step. For a product, the result also has its share of the read bandwidth, which is measured before and after each
+format. Three parts are not kernels:
 
-- `between calls`: to start and to end the work of the threads in a pass, and between its kernels.
-- `between passes`: from the last kernel of a pass to the first of the next one. It is Python code, which chooses and
-  stores the ids, and the embedding.
-- `first step`: what the first step, whose kernels are recorded one by one, and the beginning and the end of the call
-  take longer than a median step, divided by the number of steps.
+- `between calls`: the time in a pass in which no kernel runs. It includes the start and the end of the threads' work.
+- `between passes`: the time from the last kernel of a pass to the first kernel of the next one. Python code chooses
+  and stores the ids, and computes the embedding.
+- `first step`: the additional time of the first step, whose kernels are recorded one by one, and of the beginning and
+  the end of the call, divided by the number of steps.
 """
 
 from __future__ import annotations
@@ -98,13 +99,13 @@ def profile(form: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def by_pass(replays: list[Profile], steps: int) -> list[list[Profile]]:
-    """The replays of each pass that has as many as the last one."""
+    """The replays of each pass, without a first pass that has fewer replays than the others."""
     each = max(round(len(replays) / steps), 1)
     return [replays[n : n + each] for n in range(len(replays) % each, len(replays), each)]
 
 
 def by_call(passes: list[list[Profile]]) -> dict[str, tuple[float, int]]:
-    """The median seconds of a pass and its number of calls, by name of the call. Only the last half is used."""
+    """By name of a call, its median seconds in a pass, and its number in a pass. Only the last half is used."""
     half = passes[len(passes) // 2 :]
     sums: list[Counter[str]] = [Counter() for _ in half]
     for total, own in zip(sums, half, strict=True):
@@ -119,7 +120,7 @@ def all_calls(replays: list[Profile]) -> list[tuple[str, float]]:
 
 
 def around(passes: list[list[Profile]], step: float, steps: int) -> dict[str, tuple[float, int]]:
-    """The parts of a mean `step` that are not in calls, like `by_call`."""
+    """The parts of a step that are not calls, in the form of `by_call`. step: the mean seconds of a step."""
     starts, ends = [own[0].start for own in passes], [own[-1].end for own in passes]
     spans = [end - start for start, end in zip(starts, ends, strict=True)]
     outside = [

@@ -3,12 +3,12 @@
     python benchmarks/prediction.py --offload-dir DIR [--held-out]
 
 A round measures the machine (like `python -m flexgen.measure`), runs every policy once, and measures the machine
-again. The policies are predicted from these two measurements, as the mean of both predictions. The speed of a shared
+again. The prediction of a policy is the mean of the predictions from these two measurements. The speed of a shared
 machine changes every minute, so each round is evaluated on its own: the figure of a policy is the median over its
-rounds of measured over predicted seconds. A round does not count for a policy if the predictions from its two
-measurements differ by more than a tenth, because then nobody knows how fast the machine was in between. It counts for
-none if other programs ran during a measurement. It remains in the results; run the policies again with --resume and
---case.
+rounds of measured over predicted seconds. A round is rejected for a policy if the predictions from its two
+measurements differ by more than 10%, because then the speed of the machine during the run is not known. It is
+rejected for all policies if other programs ran during a measurement. A rejected round remains in the results. To run
+its policies again, use --resume and --case.
 
 `prediction_cases.py` has the cases and the targets: those with which the cost model was developed, on the CPU and on
 an emulated device with limited links, and with `--held-out` others. DIR should be on a real disk with 5 GB free. A
@@ -42,7 +42,7 @@ from flexgen.results.trace import Trace
 from flexgen.workload import Workload
 
 DRIFT = 0.1
-"""The largest difference between the predictions from both measurements of a round that counts."""
+"""The largest difference between the predictions from the two measurements of a round that is not rejected."""
 PHASES = ("seconds", "prefill_s", "decode_s")
 
 
@@ -151,7 +151,7 @@ def drift(foretold: dict[str, Any]) -> float:
 
 
 def compare(cases: CaseSet, name: str, rounds: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Measured over predicted seconds of a policy: medians over its rounds. None if none of them counts."""
+    """Measured over predicted seconds of a policy: medians over its rounds. None if all are rejected."""
     case, every, disturbed = cases.cases[name], [], 0
     for each in rounds:
         if name in each["runs"] and any(found["disturbed"] for found in each["hardware"]):
@@ -259,7 +259,7 @@ def main() -> None:
         )
     for name in names:
         if name not in document["figures"]:
-            print(f"{name:<44} does not count: the machine changed, or other programs ran")
+            print(f"{name:<44} has no valid round: the machine changed, or other programs ran")
     if not (found := document["summary"])["cases"]:
         return
     print(

@@ -57,7 +57,8 @@ def interleaved(
 def compared(name: str, expected: Sequence[float], measured: float) -> dict[str, Any]:
     """Print a predicted speed next to the measured one. Both are in tokens/s. Returns the figures for the results.
 
-    expected: the speeds that follow from each measurement of the machine. The prediction is their mean time.
+    expected: the predicted speeds, one for each measurement of the machine. The prediction is their harmonic mean,
+        which is the speed of the mean time.
     """
     speed = statistics.harmonic_mean(expected)
     print(f"{name}: predicted {speed:.1f} tokens/s, measured {measured:.1f}, {speed / measured - 1:+.0%}")

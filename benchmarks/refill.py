@@ -12,7 +12,7 @@ The device is emulated, with a link of 256 MiB/s, and all weights are in host me
 small OPT shape with random weights in float32: a pass takes as long as the link takes for its weights. One thread
 computes, so that another core is free for the copies of the link. Layers are whole in all cases (`sep_layer=False`):
 the load of a whole layer takes longer than the end of a pass, at which the cells of the next one are chosen.
-`link_share` is the part of the time in which the link copies: the rest is lost at the ends of passes and runs.
+`link_share` is the share of the time in which the link copies. The rest is lost at the ends of passes and runs.
 
 With --predict, the result also has the predicted tokens/s of each case, from the mean length of its answers alone
 (`Workload.mean_new`). The machine is measured before and after the runs.

@@ -31,8 +31,8 @@ ROWS = 1024
 PIECE_BYTES = 4 * MIB
 """Bytes in float32 of a piece of the matrix that is widened at once. It stays in a cache until it is multiplied."""
 _WHOLE_ROWS, _DEPTH_BYTES, _LINE = 16, 4096, 64
-"""x is copied in whole vectors of rows (cpp/outer.h), or in tiles of fewer rows (cpp/tiles.h): `_DEPTH_BYTES` of all
-rows before the next ones, in whole cache lines, with a line between rows."""
+"""An upper bound for both layouts of x: whole vectors of rows (cpp/outer.h), and tiles of fewer rows (cpp/tiles.h). A
+tile has `_DEPTH_BYTES` of all rows before the next bytes, in whole cache lines, with a line between rows."""
 
 
 def _has_tiles(dtype: torch.dtype) -> bool:

@@ -21,9 +21,9 @@ _ALIGNED = 2 * HUGE_PAGE
 def empty_result(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A new contiguous tensor with any values. From 4 MiB on, it begins with a huge page.
 
-    The system clears a page when it is first written, which interrupts the kernel. With small pages, a product with
-    1,024 rows of 1,024 values takes 6 to 10 % longer. Many systems use huge pages only where a process asks for them.
-    The bytes before the tensor take no memory, because nothing writes them.
+    The system clears a page when it is first written, which interrupts the kernel. With huge pages, this happens less
+    often. Many systems use them only where a process asks for them. The bytes before the tensor take no memory,
+    because nothing writes them.
     """
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < _ALIGNED:
@@ -36,7 +36,10 @@ def empty_result(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def _ask_for_huge_pages(address: int, nbytes: int) -> None:
-    """Does nothing on systems without them. Only whole huge pages are asked for, so that no more memory is taken."""
+    """Ask the system to use huge pages for this memory. Does nothing on systems without huge pages.
+
+    The rest after the last whole huge page keeps small pages, so that the result takes no more memory.
+    """
     if hasattr(mmap, "MADV_HUGEPAGE"):
         whole = nbytes // HUGE_PAGE * HUGE_PAGE
         _libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(whole), mmap.MADV_HUGEPAGE)

@@ -55,7 +55,7 @@ def replay(tapes: Sequence[Tape], later: int) -> list[float]:
 
 
 class Profile(NamedTuple):
-    """When a `replay` began and ended (`time.perf_counter`), and the name and the seconds of each call."""
+    """The times at which a `replay` began and ended (`time.perf_counter`), and the name and seconds of each call."""
 
     start: float
     end: float
@@ -67,7 +67,7 @@ _profile: list[Profile] | None = None
 
 @contextmanager
 def profiled() -> Iterator[list[Profile]]:
-    """The profile of each `replay` within the context. Only for benchmarks."""
+    """A list that gets the profile of each `replay` within the context. Only for benchmarks."""
     global _profile
     _profile = []
     try:

@@ -100,7 +100,7 @@ class Passes:
         """The number of prompts of a cell in which prompts enter, if `rows` limits them.
 
         There are at most as many cells as batches: cells that alternate with those that decode overlap best with
-        attention on the host. If rows close up, nothing else computes attention.
+        attention on the host. If rows close up, the compute device is the host, so nothing overlaps with attention.
         """
         most = max(_CELL_TOKENS // self.width, 1)
         if not self.closes_up:
@@ -108,8 +108,10 @@ class Passes:
         return min(most, max(self.rows, 1))
 
     def together(self, lengths: Sequence[int]) -> bool:
-        """Whether prompts of these lengths may form a cell in which prompts enter. If rows close up, shorter prompts
-        form larger cells, because many prompts may enter in adjacent places."""
+        """Whether prompts of these lengths may form a cell in which prompts enter.
+
+        If rows close up, many prompts may enter in adjacent places, so a cell has more prompts if they are short.
+        """
         if self.closes_up:
             return len(lengths) * max(lengths) <= _CELL_TOKENS
         return len(lengths) <= self.rows_of_cell

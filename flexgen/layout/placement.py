@@ -73,10 +73,10 @@ def place_weights(layers: Sequence[Layer], split: Split, dtype: torch.dtype) -> 
     all bytes placed so far. The rounding error of one layer is thus carried to the next, every layer moves about the
     same bytes, and each tier ends within one unit of its share. A tied head is the embedding's tensor, which counts
     once.
-    The units of the last layer go to the fastest tier whose share has room for half of them or more, and the other
-    units share the rest. Orders with overlap have a slot for this layer alone (`Turns`), so off the device, its
-    weights take as much device memory, and they are loaded in each pass. The same holds for a vocabulary that is
-    larger than any layer, which would determine the size of its slot.
+    The units of the last layer are placed first: each goes to the fastest tier whose share has room for half of it or
+    more. Orders with overlap have a slot for this layer alone (`Turns`). So on another tier than the device's, its
+    weights would take as much device memory, and they would be loaded in each pass. Units that are larger than any
+    layer, such as a large vocabulary, are placed first too, because they would determine the size of their slot.
     A tier's codec is used for the tensors that it fits: all matrices except the table of positions. The codec
     "stored" keeps the matrices that the checkpoint stores quantized in that form, except for tables.
     """

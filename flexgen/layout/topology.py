@@ -63,10 +63,11 @@ class Topology:
         )
 
     def closes_up(self, policy: Policy) -> bool:
-        """Whether rows move to the first places of a block when others have ended, if prompts enter by places.
+        """Whether rows move to the first places of a block when others have ended.
 
-        A few rows of the cache are copied between two passes. Then no cell computes places without a row, and prompts
-        enter in adjacent places. The cache must be in place and on one tier.
+        The cache of a few rows is copied between two passes. So no cell computes a place without a row, and prompts
+        enter in adjacent places. This needs prompts that enter in the places of single rows (`prefill_rows`), and a
+        cache that is in place and on one tier.
         """
         on_one = any(policy.cache.percent(tier) == 100 for tier in Tier)
         return policy.prefill_rows > 0 and self.shares_host_memory and on_one

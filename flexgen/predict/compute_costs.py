@@ -15,7 +15,7 @@ class ComputeCosts:
     """The computation of cells, whole or in the steps of an order that `splits_attention`.
 
     A layer is identified by the first of the equal layers. `first`: whether the batch is the first of a visit.
-    `attending`: the number of `rows` that get a token; attention of the decode does not read the cache of the others.
+    `attending`: the number of `rows` that get a token; attention on the CPU does not read the cache of the others.
 
     gathers_rows: whether the rows of an encoded table were gathered, each once.
     """

@@ -42,7 +42,8 @@ class CostedBlock:
         An element may also be a sequence with the token of each batch.
     flushing: the indices of the tokens that write a page.
     batches: the rows of each batch; None divides the prompts by the policy.
-    attending: the rows of each batch over whose cache the decode attends; None is all rows. The others get no token.
+    attending: the number of rows of each batch that get a token; None is all rows. In the decode, attention on the
+        CPU does not read the cache of the other rows.
     """
 
     prompts: int
@@ -54,8 +55,11 @@ class CostedBlock:
 
 
 class _Pass(NamedTuple):
-    """The token of each batch in a pass, and the batch that decodes weights for all: the one that computes the most
-    tokens, or the first of these. If any batch is too large for products with encoded weights, it is."""
+    """The token of each batch in a pass, and the batch whose cost includes the decoding of weights for all batches.
+
+    This batch computes the most tokens. If several do, it is the first of them. If any batch has too many rows for
+    products with encoded weights, this one has.
+    """
 
     tokens: Sequence[int]
     decoding: int
@@ -146,7 +150,7 @@ class StepCosts:
         return [(step, counts[key]) for key, step in steps.items()]
 
     def _key(self, step: Step) -> _Key:
-        """The values that a step's work depends on: (op, layer, token or piece, rows and those that attend, flag).
+        """The values that a step's work depends on: (op, layer, token or piece, (rows, rows with a token), flag).
 
         flag: for computation, whether the batch decodes weights for those of its visit; for a store of cache, whether
             the token represents those that write pages.

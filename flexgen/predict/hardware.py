@@ -49,8 +49,8 @@ class Fixed:
     ids: for each batch whose new ids are stored; 0 if it takes as long as a `stage`.
     stage: for each stage of a transfer.
     disk_job: for each job of the disk.
-    disk_start: for each read that finds the disk idle, in addition. Others start while the one before ends.
-    disk_start_busy: the same while the compute device works, if it takes longer.
+    disk_start: in addition, for each read that finds the disk idle. Other reads start before the previous one ends.
+    disk_start_busy: the same while the compute device works. It applies if it is larger.
     """
 
     cell: float = 0.0
@@ -196,7 +196,7 @@ class Hardware:
         return self.shares_cores or self.topology.shares_host_memory
 
     def startup(self, serial: bool) -> dict[LaneName, float]:
-        """By lane, the seconds in which a job starts on an idle lane. serial: no other lane works meanwhile."""
+        """By lane, the seconds that a job needs to start. serial: whether lanes never work at the same time."""
         start = self.fixed.disk_start if serial else max(self.fixed.disk_start, self.fixed.disk_start_busy)
         return {LaneName.DISK_READ: start} if start else {}
 

@@ -117,8 +117,7 @@ _Kind = tuple[int, ...]
 
 
 class _PassTimes:
-    """The seconds of passes. Of each kind, those with the fewest and the most tokens of attention and prompts that
-    enter are timed."""
+    """The seconds of passes. Of each kind, those with the least and the most work (`_work`) are timed."""
 
     def __init__(
         self, job: Job, policy: Policy, model: PlacedModel, slots: Slots, passes: Sequence[RefilledPass]
@@ -138,12 +137,14 @@ class _PassTimes:
             self._known[kind] = _Plane([self._work(one) for one in ends]), [self._timed(one) for one in ends]
 
     def _work(self, one: RefilledPass) -> tuple[int, int]:
-        """The values in which the seconds of passes of one kind are nearly linear."""
+        """The cached tokens that attention reads, and the prompts that enter. The seconds of passes of one kind are
+        nearly linear in both."""
         cells = zip(one.rows, one.tokens, strict=True)
         return one.attended(self._job.workload.prompt_len), sum(rows for rows, token in cells if token <= 0)
 
     def _kind(self, one: RefilledPass) -> _Kind:
-        """The kind of a pass, with about the rows of its cells (two digits in base 2) if they may be any number."""
+        """The kind of a pass. If rows close up, a cell may have any number of rows, so the kind then also has the
+        first two binary digits of this number for each cell."""
         sizes = one.rows if self._job.hardware.topology.closes_up(self._policy) else ()
         return *one.kind, *(n >> max(n.bit_length() - 2, 0) << max(n.bit_length() - 2, 0) for n in sizes)
 
@@ -198,14 +199,14 @@ class _PassTimes:
 
 
 class _Plane:
-    """The plane through n points `at` (n, 2), or nearest to their values."""
+    """Values at n points `at` (n, 2) as a linear function of the point, with the least squares of the errors."""
 
     def __init__(self, at: Sequence[tuple[int, int]]) -> None:
         self._middle, self._scale = np.mean(at, axis=0), np.maximum(np.ptp(at, axis=0), 1)
         self._inverse = np.linalg.pinv(np.insert((at - self._middle) / self._scale, 0, 1, axis=1))
 
     def shares(self, point: tuple[int, int]) -> np.ndarray:
-        """(n,): the weights of the values of the points at another point."""
+        """(n,): the weights of the n values, whose weighted sum is the value at `point`."""
         return np.insert((point - self._middle) / self._scale, 0, 1) @ self._inverse
 
 

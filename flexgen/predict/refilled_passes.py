@@ -23,8 +23,8 @@ class RefilledPass:
     """One pass of a block.
 
     rows: of each cell of a layer. tokens: of each, the new token of the rows that have the most, as in `Passes`. If
-    prompts enter in the places of single rows, it is the mean. attending: of each, the number of rows whose cache
-    attention reads.
+    prompts enter in the places of single rows, it is the mean. attending: of each, the number of rows that get a
+    token, whose cache attention reads.
     live: the number of rows that get a new token. moved: the cached tokens that were copied before the pass, summed
     over rows. begins: whether a run begins with it, because the batches before it were others. cut: whether its run
     ends with it and before the last pass of its grid, so that loads for the next pass have been issued. put_back:
@@ -54,8 +54,11 @@ class RefilledPass:
         return len(self.tokens), self.entering, self.begins, self.loaded
 
     def attended(self, width: int) -> int:
-        """The tokens of the cache over which rows attend, for prompts of `width` tokens. For parts of prompts, a
-        number that grows with the tokens before them. The seconds of passes of one kind are nearly linear in it."""
+        """The cached tokens that attention reads, for prompts of `width` tokens.
+
+        A part of a prompt adds its number, which is negative and grows with the tokens before it. The seconds of
+        passes of one kind are nearly linear in the sum.
+        """
         cells = zip(self.attending, self.tokens, strict=True)
         return sum(rows * (width + token) if token > 0 else token for rows, token in cells)
 

@@ -142,8 +142,8 @@ def play(
     factors: for each stage, the factor of its seconds; None is 1.
     inline: whether the thread that issues the steps also computes. Then no step begins before the computations that
         were issued earlier have ended, even if its lane is free and it needs none of them.
-    startup: by lane, the seconds in which a stage starts when it is ready. They may pass while the lane works on the
-        stage before.
+    startup: by lane, the seconds that a stage needs to start, from the time when it is ready. During this time, the
+        lane may still work on the previous stage.
     """
     free = dict.fromkeys(LaneName, 0.0)
     factor = repeat(1.0) if factors is None else iter(factors)

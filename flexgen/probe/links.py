@@ -27,11 +27,11 @@ _STEP = Step(Op.LOAD_WEIGHTS, 0, 0, 0)
 _JOBS = 64
 """The number of consecutive jobs that measure the fixed cost of one."""
 _IN_A_ROW = 16
-"""The number of consecutive reads with which a read that finds the disk idle is compared."""
+"""The number of reads in a row. A read that finds the disk idle is compared with their mean time."""
 _MOVED = 4
-"""The number of consecutive reads that run together with other work."""
+"""The number of reads in a row that are one unit of work of `mover`."""
 _PAUSE = 3e-3
-"""Seconds without reads before a read that finds the disk idle, so that the threads sleep."""
+"""Seconds without reads, after which the threads sleep."""
 _HEADS, _PAGE_TOKENS, _WIDTH = 8, 128, 64
 _ROW_BYTES = 2 * _HEADS * _PAGE_TOKENS * _WIDTH * torch.float16.itemsize
 """The bytes of one row's keys and values in a page."""
@@ -112,8 +112,8 @@ class LinkProbe:
     def mover(self, lane: LaneName) -> Callable[[], object]:
         """Work that moves a few transfers on a lane and waits for them. Any thread may call it.
 
-        The lanes of a GPU are streams. Copies in the caller's stream would wait for its computation. Only reads are
-        several, because one starts while the one before ends (`start_of_read`).
+        The lanes of a GPU are streams. Copies in the caller's stream would wait for its computation. There are
+        several reads, so that most of them start before the previous one ends. `start_of_read` measures the others.
         """
         made, numbers, there = self.jobs(lane), itertools.count(), self._lanes[lane]
         count = _MOVED if lane is LaneName.DISK_READ else 1
@@ -129,12 +129,13 @@ class LinkProbe:
     def start_of_read(
         self, together: Callable[[Callable[[], float]], Sequence[float]], lost: float = 0.0
     ) -> float:
-        """Seconds in which a read starts that finds the disk idle, in addition to the time of a read in a row.
+        """The additional seconds of a read that finds the disk idle, compared with one of several reads in a row.
 
-        Threads have to wake up, perhaps on cores on which others compute. Others do so during the read before.
+        The threads of such a read have to wake up, perhaps on cores that compute. In a row, they wake up while the
+        previous read ends.
 
-        together: calls the given function a few times, perhaps while others compute, and returns its results.
-        lost: the share of its rate that the disk loses meanwhile.
+        together: calls the given function a few times and returns its results. Other work may run at the same time.
+        lost: the share of its rate that the disk loses through this work.
         """
         made, numbers = self.jobs(LaneName.DISK_READ, self._start_bytes), itertools.count()
         row = [(LaneName.DISK_READ, made(n), ()) for n in range(_IN_A_ROW)]

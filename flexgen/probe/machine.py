@@ -50,7 +50,7 @@ _OTHER_ROWS = {Phase.DECODE: ("interference", 16), Phase.PREFILL: ("prefill_inte
 """For each phase, its table and the rows of the product that runs together with other lanes. A product with few rows
 is limited by memory bandwidth and cores, one with many rows by the cores."""
 _STARTS = 32
-"""The number of reads that find the disk idle."""
+"""The number of reads from which the start of a read is measured."""
 _NOISE = 0.03
 """Shares up to this one are noise between two measurements."""
 

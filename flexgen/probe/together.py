@@ -30,7 +30,7 @@ def lost_shares(here: Work, there: Work, seconds: float, clock: Clock) -> tuple[
 
 
 def meanwhile(here: Work, there: Callable[[], float], count: int) -> list[float]:
-    """The results of `count` calls of `there` in another thread. `here` repeats in this one until then."""
+    """Call `there` `count` times in another thread and return the results. Meanwhile, repeat `here` in this one."""
     found: list[float] = []
 
     def serve(stop: threading.Event) -> None:
@@ -64,7 +64,8 @@ def _lost(here: Work, there: Work, seconds: float, clock: Clock) -> tuple[float,
 
 @contextlib.contextmanager
 def _served(serve: Callable[[threading.Event], object]) -> Iterator[threading.Thread]:
-    """A thread that runs `serve`, which ends when its event is set. Raises the error of the thread at the end."""
+    """Run `serve` in a thread within the context, which sets the event of `serve` and waits for it at the end. Raises
+    the error of the thread."""
     stop = threading.Event()
     failed: list[BaseException] = []
 

@@ -54,8 +54,8 @@ class BlockBuffers:
         self.activations.regroup(_hidden_layouts(model, batches))
 
     def divide(self, cells: Sequence[tuple[int, range]], moved: Reseated) -> None:
-        """Continue with cells that compute these rows of these batches, after some have moved. No transfer may be in
-        flight."""
+        """Move the cache of some rows, and continue with cells that compute these places of these batches. No
+        transfer may be in flight."""
         self.end_run()
         self.cache.divide(cells, moved)
         self.activations.divide(cells)

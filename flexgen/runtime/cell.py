@@ -114,11 +114,11 @@ class BoundCell:
         return self.column or self.span.length
 
     def contexts(self, rows: range) -> Tensor:
-        """(rows,) int64 in host memory: the columns of each row before the new tokens to which attention applies, if
-        rows have different numbers of cached tokens.
+        """(rows,) int64 in host memory: the columns of each row that attention reads before the new tokens, if rows
+        have different numbers of cached tokens.
 
-        They are `lengths`. For a row that gets no token, they are only the padding: its result is not used, so its
-        cache need not be read. Jobs of the cell may call it, see `lengths`.
+        They are those of `lengths`, except for a row that gets no token. It has its padding only: its result is not
+        used, so attention need not read its cache. Jobs of the cell may call it, see `lengths`.
         """
         assert self.guesses is not None
         here = slice(rows.start, rows.stop)
@@ -140,7 +140,7 @@ class BoundCell:
         positions = None
         if scoring.window is not None or scoring.slopes:
             lengths = self.span.length if self.guesses is None else self.guesses.lengths[rows]
-            # Lengths of rows are in host memory.
+            # The lengths of single rows are in host memory, so their padding has to be too.
             starts = self.padding.on_device if self.guesses is None else self.padding.on_host
             positions = self.prefix.length + lengths + done - starts[rows]
         return self.prefix.attend(q, scoring, positions)

@@ -58,8 +58,11 @@ class Moved:
 
 
 class Reseated(NamedTuple):
-    """Rows that continue in other places of a block: the old and the new place of each, which nothing else uses.
-    `tokens`: the columns of the cache that the longest of them has."""
+    """Rows that continue in other places of a block.
+
+    places: the old and the new place of each. The new places are free before the move.
+    tokens: the columns of the cache that the longest of these rows has.
+    """
 
     places: Sequence[tuple[Place, Place]]
     tokens: int

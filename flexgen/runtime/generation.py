@@ -99,7 +99,7 @@ class Generation:
                 joined[first] = range(first, j + 1)
             else:
                 first = j
-        if 1 in joined:  # the embedding has no tape
+        if 1 in joined:  # with the embedding, although it has no tape
             joined = {0: range(joined.pop(1).stop), **joined}
         return joined
 

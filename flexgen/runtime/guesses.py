@@ -58,8 +58,8 @@ class NewIdsOfPass:
     newest (rows, 1) int64: the newest id of each row. ids (rows, 1 + guess): the same with the guesses after it; rows
     with fewer guesses have any ids at the end. lengths (rows,) int64: the columns of the cache before them. All are
     in host memory. guessed: the number of guesses of each row. first: the number of the new token that follows the
-    newest id. idle (rows,) bool: the rows that get no token, because they have ended or because their prompt is not
-    computed yet. The previous pass of the batch fills these before a job of this pass reads them.
+    newest id. idle (rows,) bool: the rows that get no token: they have ended, or their prompt is not computed
+    yet. The previous pass of the batch fills these before a job of this pass reads them.
 
     span: the columns for which data moves. Its length is at least that of the longest row. drawn (rows, new): the
     chosen ids in host memory. `Guesses.bind` sets both.

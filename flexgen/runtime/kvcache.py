@@ -134,7 +134,7 @@ class KVCache:
         self.host.regroup(self._storage.segments())
 
     def divide(self, cells: Sequence[tuple[int, range]], moved: Reseated) -> None:
-        """Continue with cells that compute these rows of these batches, after some have moved."""
+        """Move the cache of some rows, and continue with cells that compute these places of these batches."""
         self._storage.reseat(moved)
         self._storage.divide(cells)
         self.host.regroup(self._storage.segments())

@@ -136,8 +136,10 @@ class LayerRunner:
     # Several layers
 
     def compute_joined(self, cell: BoundCell, layers: range) -> None:
-        """Compute the cells of consecutive layers in one call: those that `RecordedCells.joins`, after the embedding
-        if it is the first. `cell` is that of the first one."""
+        """Compute the cells of consecutive layers in one call. `cell` is the first of them.
+
+        They are layers that `RecordedCells.joins`. The first one may also be the embedding.
+        """
         replays, began, first = self._buffers.replays, time.perf_counter(), cell.layer
         assert isinstance(replays, RecordedCells)
         ends = list[float]()

@@ -221,7 +221,7 @@ class Prompts:
                 self._batches[k] = self._ids.places(rows, k)
             if count := sum(new[row] > 0 for row in rows):
                 places, own = range(len(rows)), self._batches[k]
-                if passes.closes_up and count < len(rows):  # the others enter, after them
+                if passes.closes_up and count < len(rows):  # the other rows enter, in the places after these
                     places, own = range(count), self._ids.places(rows[:count], k)
                 here.append(CellRows(k, places, own))
                 self.guesses.seat(own, number)

@@ -82,8 +82,8 @@ class NewTokens:
         count = len(prompts.lengths)
         self._names = range(count) if names is None else names
         self.ids = torch.full((count, tokens), prompts.pad_id, dtype=torch.int64)
-        # Arrays of NumPy, not tensors: weights have replaced the code of torch's operations in the caches of a CPU
-        # after each pass, and NumPy's code is smaller.
+        # Arrays of NumPy, not tensors: in each pass, weights replace the code of operations in the caches of a CPU,
+        # and NumPy's operations have less code than torch's.
         self._stored = self.ids.numpy()
         self._ended = np.zeros(count, dtype=bool)
         self._guesses = prompts.guesses

@@ -9,7 +9,7 @@ from typing import TypeVar
 _T = TypeVar("_T")
 
 Place = tuple[int, int]
-"""The number of a batch, and that of a row in it."""
+"""The number of a batch, and the number of a place in this batch."""
 
 _PAID_BACK = 2
 """The number of tokens after which compaction pays off. It reads and writes the cache of the remaining rows once.
@@ -114,9 +114,10 @@ def closed_up(
 ) -> list[list[int]]:
     """`reseated` for a block whose rows move to its first places when others have ended.
 
-    As few rows as possible move: the last ones, to the places of those that have ended. Rows whose prompts are not
-    computed yet come after them. sizes: the number of places of each batch, of which the result has only those with a
-    row.
+    As few rows as possible move: the last ones, to the places of rows that have ended. Rows whose prompts are not
+    computed yet come after all others.
+
+    sizes: the number of places of each batch. The result has only places with a row.
     """
     stay = {
         begin + n: row
@@ -149,7 +150,7 @@ def entry_cells(
     rows: int,
     together: Callable[[Sequence[int]], bool],
 ) -> list[tuple[int, range]]:
-    """The cells in which the next pass computes prompts: batch, and adjacent places of it.
+    """The cells in which the next pass computes prompts: for each, the batch and adjacent places in it.
 
     computed, rows: as for `reseated`. together: whether these rows may form a cell.
     """
@@ -167,8 +168,8 @@ def entry_cells(
 def between(decoding: Sequence[_T], entering: Sequence[_T]) -> list[_T]:
     """The cells of a pass in the order in which they run: those of each kind in order and evenly spread.
 
-    If there are as many of both, one that enters is first. The device has it to compute while the host computes the
-    first attention of the pass.
+    If there are as many of both kinds, a cell in which prompts enter is first. The device computes it while the host
+    computes the first attention of the pass.
     """
     cells = [
         ((n + 0.5) / len(some), first, n, cell)

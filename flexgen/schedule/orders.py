@@ -137,8 +137,8 @@ def overlap_single_batch(grid: Grid) -> Iterator[Step]:
     """While a layer computes, load the next cell's cache and the next weights that have a free slot.
 
     Hidden states go straight from one layer to the next: with one batch, there is no other computation that could
-    hide their transfer. If attention is a step of its own, its output comes before these weights: otherwise the layer
-    would wait for all of them, and then the link for the layer, which has the slot of the weights after them.
+    hide their transfer. If attention is a step of its own, its output is loaded before these weights. Otherwise the
+    layer would wait for all of them, and then the link would wait for the layer, whose slot further weights need.
     """
     yield from (Step(Op.LOAD_WEIGHTS, 0, 0, piece) for piece in range(grid.weight_pieces))
     yield Step(Op.LOAD_CACHE, 0, 0, 0)
@@ -193,9 +193,8 @@ def overlap_cpu_attention(grid: Grid) -> Iterator[Step]:
     # PROJECT instead: then neither the device nor the host waits while queries and outputs cross the link.
     lag = 2 if in_hand > 3 else 1
     ahead = 1 if in_hand > lag + 1 else 0  # how far a cell's loads are ahead of it
-    # With two cells of which one enters, the host stores its keys and values. Issued before the attention of the
-    # other cell, this would delay it. Issued after it, the host does it while the device computes between two
-    # attentions.
+    # With two batches, prompts may enter in one cell, whose keys and values the host stores. Before the attention of
+    # the other cell, this store would delay the attention. After it, the store overlaps with products of the device.
     late = grid.splits_attention and grid.batches == 2 and grid.layers > 1 and grid.cell_slots > 3
     stores = 3 if late else lag
     yield from (Step(Op.LOAD_WEIGHTS, 0, 0, piece) for piece in range(grid.weight_pieces))

@@ -46,7 +46,7 @@ _RATES = (0.75, 1.25, 1.5)
 """Numbers of prompts that enter in a pass, as multiples of those that end in one. Fewer leave places empty, but more
 fill them earlier."""
 _ONE_BATCH = (32, 64, 128)
-"""Numbers of rows of one batch that closes up, besides the number of places of the best block."""
+"""Numbers of rows to try for one batch whose rows close up. The search also tries the places of the best block."""
 _FEWEST_BLOCKS = 2
 """The number of blocks of prompts from which prompts may enter at a rate. Half of the places are empty while they are
 filled and again in the end, for as many passes as answers have tokens."""
@@ -82,7 +82,7 @@ class Choices:
             for sep_layer in apart if "sep_layer" not in self.fixed else (form.sep_layer,):
                 one = form.replace(attend_on=attend_on, sep_layer=sep_layer)
                 yield one
-            # A host that is the compute device is busy all the time; see `closing_up` for what helps there.
+            # A host that is the compute device is busy all the time. There, only `closing_up` helps.
             if not self._shared and self._may_enter(one):  # if the host attends, only with whole layers
                 # The number depends on the shape.
                 yield one.replace(prefill_rows=1, activations={Tier.GPU: 100})
@@ -112,9 +112,10 @@ class Choices:
         return shaped.replace(prefill_rows=max(round(shaped.block_size / mean), 1))
 
     def places(self, form: Policy) -> Iterator[Policy]:
-        """`form` with the numbers of places for about as many prompts that enter in each pass, one less to two more.
+        """`form` with one prompt fewer to two more that enter in each pass, and the number of places for this rate.
 
-        The rows that end in a pass are then a whole number, so that prompts enter in all of their places."""
+        So on average, a whole number of rows ends in each pass, and a prompt enters in each of their places.
+        """
         if not form.prefill_rows or self.fixed & {"prefill_rows", "gpu_batch_size"}:
             return
         mean, batches = self._job.workload.mean_new or self._job.workload.gen_len, form.num_gpu_batches
@@ -124,8 +125,8 @@ class Choices:
                 yield shaped
 
     def alike(self, policy: Policy, short: Short) -> Iterator[Policy]:
-        """`policy` with other rates at which prompts enter or rows that close up, then with its cache in the place of
-        weights, and with guesses."""
+        """Variants of `policy`: other rates at which prompts enter, one batch whose rows close up, more of the cache
+        on the GPU in place of weights, and guesses."""
         yield from self.rates(policy)
         yield from self.closing_up(policy)
         if policy.prefill_rows and not self.fixed & {"weights", "cache"}:
@@ -142,7 +143,7 @@ class Choices:
                 yield policy.replace(prefill_rows=max(round(times * policy.prefill_rows), 1))
 
     def closing_up(self, policy: Policy) -> Iterator[Policy]:
-        """`policy` with one batch whose rows close up, and in which a prompt enters as soon as a row has ended."""
+        """`policy` with one batch whose rows close up. A prompt enters in it as soon as a row has ended."""
         workload, topology = self._job.workload, self._job.hardware.topology
         given = self.fixed & {"gpu_batch_size", "num_gpu_batches"} or policy.cache.percent(Tier.DISK)
         if given or workload.mean_new is None or not self._may_enter(policy):

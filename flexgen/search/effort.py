@@ -12,8 +12,9 @@ from dataclasses import dataclass
 class Effort:
     """The limits of one search.
 
-    cells: the maximum number of cells to simulate for the ranking of solutions, and again to improve the winner.
-    last_cells: the same for whole models at the end, for the winner and some others.
+    cells: the maximum number of cells to simulate for the ranking of solutions, and again to improve each of the
+        best ones.
+    last_cells: the same for whole models, for the best solutions.
     order_cells: the same for the best shapes in every order.
     every: of the possible batch sizes and numbers of batches, only each n-th one is tried.
     """

@@ -40,9 +40,9 @@ _OWN_ORDER = 0.01
 """The share of the time by which another order must be faster than the policy's own order. A policy file does not
 store an order, so you have to pass it to every run."""
 _REFINED = 3
-"""The number of best shapes to improve, and to try with other numbers of places if prompts enter at a rate."""
+"""The number of best runs to improve. If prompts enter at a rate, each is also tried with other numbers of places."""
 _ROUNDS = 3
-"""The maximum number of times that the winner is replaced by a similar policy."""
+"""The maximum number of times that a variant replaces the winner."""
 _STEPS = 100.0, 20.0, 5.0, 1.0
 """The percentages to move in one step to improve the winner. The first moves everything on a tier."""
 
@@ -81,7 +81,7 @@ def find_for_job(
     """
     found = _find(job, auto, top, slots, effort)
     if auto.lossy and found.best.policy.prefill_rows:
-        # The linear program does not count that weights are decoded in each pass in which prompts enter, so it ranks
+        # The linear program does not count the decoding of weights in each pass in which prompts enter, so it ranks
         # codecs too high.
         with suppress(CapacityError):
             found = found.joined(_find(job, replace(auto, lossy=False), top, slots, effort), top)
@@ -195,7 +195,7 @@ class _Finder:
         contenders = self._contenders()
         leading = contenders[:_REFINED]
         improved = [self._in_best_order(self._improved(run)) for run in leading]
-        # The small model, by which they were improved, is not exact.
+        # They were improved by simulations of a few layers, which are not exact.
         best = improved[0] if len(leading) == 1 else min([*improved, *leading], key=self._whole)
         others = [
             *contenders,
@@ -220,8 +220,8 @@ class _Finder:
         return [candidates[run] for run in (first, *others) if took[run] >= took[first]]
 
     def _contenders(self) -> list[Run]:
-        """The best runs by their predicted time for the whole model, best first: as many as the effort allows. With
-        one, it is the best by the ranking.
+        """The best runs, ranked by their predicted times for the whole model: as many as the effort allows. If it
+        allows only one, this is the best run of the ranking so far.
 
         Passes in which prompts enter lose time where they begin and end. This time does not depend on the number of
         layers, so it is a larger share in a model of few layers.
@@ -242,7 +242,7 @@ class _Finder:
         return sorted([*some, *(run for run in self._tried if run not in before)], key=self._whole)
 
     def _fastest_alike(self, best: Run) -> Run:
-        """The fastest of `best` and similar policies, again and again while it changes."""
+        """The fastest of `best` and its variants, then of this one and its variants, as long as it changes."""
         for _ in range(_ROUNDS):
             alike = self._choices.alike(best.policy, self._short_in(best.order))
             fastest = self._simulations.fastest(best, [best._replace(policy=policy) for policy in alike])

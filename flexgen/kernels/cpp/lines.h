@@ -1,6 +1,6 @@
 // Products of one row of x with group-wise integers: each row of W is one stream of codes. Several streams of one page
-// would mislead the prefetchers of some processors, which then read at half of the speed. But a long x takes much of the L1
-// cache. With four bits, two adjacent rows of W are multiplied with it at once, so that it is loaded half as often.
+// would mislead the prefetchers of some processors, which then read at half of the speed. The exception is a long x, which
+// takes much of the L1 cache. With four bits, it is multiplied with two adjacent rows of W at once: x is loaded half as often.
 #pragma once
 
 namespace VARIANT {
@@ -9,7 +9,7 @@ namespace dots {
 constexpr int64_t AHEAD = 8192;  // bytes from a line to the one that is prefetched: to the L2 cache, because the L1 cache can
                                  // wait for few lines at a time
 constexpr int AT_ONCE = 4;  // lines that are multiplied at once
-constexpr int64_t LONG_X = 4096;  // values, in bfloat16 a quarter of an L1 cache
+constexpr int64_t LONG_X = 4096;  // values of x, which take a quarter of an L1 cache in bfloat16
 
 // A line of codes: two chunks of four bits, or one of eight.
 template <int BITS>
@@ -68,7 +68,7 @@ INLINE Vec line_scale(const float *scales, int64_t line) {
 }
 
 // Add the products of LINES lines of ROWS rows to their totals from FIRST on. A product waits several cycles for the
-// previous one of its sum, and a processor looks only a few lines ahead, so the sums of the lines take turns.
+// previous one of its sum, and a processor looks only a few lines ahead, so consecutive products belong to different sums.
 template <class Kind, int BITS, int FIRST, int ROWS, int LINES, int TOTALS>
 INLINE void add_lines(const __m512i (&codes)[ROWS][LINES], const uint32_t *x, const float *const (&scales)[ROWS],
                       const float *x_scales, int64_t line, Vec (&total)[ROWS][TOTALS]) {
@@ -128,8 +128,8 @@ INLINE void multiply_next(const PackedLinear &job, const uint8_t *codes, const f
     add_lines<Kind, BITS, FIRST>(some, (const uint32_t *)job.operand, scales, job.x_scales, line, total);
 }
 
-// Write the products of ROWS adjacent rows of W to `sums`, as lanes to be added up. They do not depend on ROWS. `codes`:
-// where the first row begins. `every`: the scales and the minimums of each row.
+// Write the products of ROWS adjacent rows of W to `sums`: a vector for each row, whose lanes the caller adds up. The
+// results do not depend on ROWS. `codes`: where the first row begins. `every`: the scales and the minimums of each row.
 template <class Kind, int BITS, int ROWS>
 INLINE void multiply_adjacent(const PackedLinear &job, const uint8_t *codes, const float *every, Vec *sums) {
     const int64_t stride = padded(chunks_of(job)), bytes = job.in * BITS / 8, lines = lines_of(job);

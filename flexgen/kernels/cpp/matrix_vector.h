@@ -13,7 +13,7 @@ INLINE Vec row_sums(const typename Kind::Weight *w, const typename Kind::X *x, i
     Vec sum[CHAINS] = {};
     int64_t i = 0;
     for (; i + CHAINS * Kind::STEP <= count; i += CHAINS * Kind::STEP) {
-        // Together, so that they need not wait for loads.
+        // All prefetches first, so that they need not wait for the loads.
         UNROLLED
         for (int64_t at = 0; at < CHAINS * Kind::STEP * (int64_t)sizeof *w; at += LINE)
             __builtin_prefetch((const uint8_t *)(w + i) + at + AHEAD_BYTES, 0, 2);

@@ -13,7 +13,7 @@ enum class Method {
     panels,  // panels.h: 32 rows of W at a time, unpacked once for all rows of x
     vector,  // matrix_vector.h: a row of W after the other
     tiles,  // tiles.h: tiles of a few rows of W and of x
-    outer,  // outer.h: the same with whole vectors of rows of x; only for bfloat16 with dot products
+    outer,  // outer.h: whole vectors of rows of x; only for bfloat16 with dot products
     blocks,  // linear.h: a few rows of W at a time, unpacked in registers for each block of x
 };
 
@@ -56,7 +56,7 @@ inline bool by_dots(const PackedLinear &job) {
 #endif
 }
 
-// Whether few lanes of two or more vectors are idle if a lane is a row of x.
+// Whether the rows of x fill nine tenths of the lanes of two or more vectors, if each lane is a row.
 inline bool fills_lanes(int64_t rows) { return rows > LANES && 10 * rows >= 9 * whole(rows, LANES); }
 
 inline Method method_of(const PackedLinear &job) {

@@ -1,11 +1,12 @@
 // Products of many rows of x in bfloat16, by outer products. The lanes of a vector are LANES rows of x, and each pair of
-// values of W is multiplied with all of them, so the sums of a tile, OUTER_WEIGHTS rows of W times PANEL_ROWS rows of x,
-// need no shuffles until the result is written.
+// values of W is multiplied with all of them. A tile is OUTER_WEIGHTS rows of W times PANEL_ROWS rows of x. Its sums need
+// no shuffles until the result is written.
 //
-// OUTER_BYTES of each row are multiplied before the next ones (Goto and van de Geijn, "Anatomy of high-performance matrix
-// multiplication", 2008). A panel of x stays in the L2 cache for all tiles of a band of W. Rows of W often share the sets
-// of the L1 cache, which have eight ways, so they are copied to rows with a pitch that is not a power of two. The tiles of
-// a band copy the next band between their products, a line at a time, which hides the time to read it.
+// A depth is up to OUTER_BYTES of each row; a band of W is multiplied one depth after the other (Goto and van de Geijn,
+// "Anatomy of high-performance matrix multiplication", 2008). A panel of x stays in the L2 cache for all tiles of a band.
+// Rows of W often share the sets of the L1 cache, which have eight ways, so they are copied to rows with a pitch
+// that is not a power of two. The tiles of a band copy the next band between their products, a line at a time, which hides
+// the time to read it.
 #pragma once
 
 namespace VARIANT {
@@ -14,12 +15,13 @@ namespace linear {
 constexpr int OUTER_WEIGHTS = 14, OUTER_VECTORS = 2;  // with all sums in registers
 constexpr int64_t PANEL_ROWS = OUTER_VECTORS * LANES;  // of x
 constexpr int64_t OUTER_BYTES = 2048, OUTER_PITCH = OUTER_BYTES + LINE, OUTER_TILE_BYTES = OUTER_WEIGHTS * OUTER_PITCH;
-constexpr int64_t OUTER_TILES = 4, OUTER_BAND = OUTER_TILES * OUTER_WEIGHTS;  // of a band, at most; its rows
+constexpr int64_t OUTER_TILES = 4, OUTER_BAND = OUTER_TILES * OUTER_WEIGHTS;  // the most tiles and rows of a band
 constexpr int64_t LINE_VALUES = LINE / sizeof(Bf16), LINE_PAIRS = LINE_VALUES / 2;
 static_assert(OUTER_WEIGHTS <= LINE_PAIRS, "a row is copied while a share 1 / LINE_PAIRS of the steps is multiplied");
 
-// The layout of x: for each depth, panels of up to PANEL_ROWS rows, whole vectors of them. In a panel, all rows of a pair
-// of values follow each other. Rows end with zeros up to a whole line. All depths have nearly the same size.
+// The layout of x: for each depth, panels of up to PANEL_ROWS rows, in whole vectors. A panel has the first pair of values
+// of all its rows, then the second pair, and so on. Rows end with zeros up to a whole line. All depths have nearly the same
+// size.
 struct OuterOperand {
     int64_t lines, depths, vectors, panels;  // lines: of a row
 
@@ -56,8 +58,8 @@ TARGET inline void copy_lines(const RowCopy &copy, int64_t first) {
 }
 
 // Multiply `lines` lines of OUTER_WEIGHTS rows of W with V vectors of rows of x. Add the products to `totals`
-// (OUTER_WEIGHTS, V * LANES), or set them. Meanwhile, copy `lines` lines at most of each row of `copy`, a line for each pair
-// of values. The next row is prefetched.
+// (OUTER_WEIGHTS, V * LANES), or set them. Meanwhile, copy at most `lines` lines of each row of `copy`, a line for each pair
+// of values, and prefetch the row after it.
 template <int V>
 APART void multiply_outer(const uint8_t *w, const Bf16 *x, int64_t lines, float *totals, bool add, const RowCopy &copy) {
     Vec sum[OUTER_WEIGHTS][V];
@@ -94,7 +96,7 @@ struct OuterOutput {
     const PackedLinear &job;
     int64_t m, n, count;
 
-    // While the products are computed.
+    // Prefetch the memory of the result while the products are computed.
     void prefetch() const {
         for (int64_t row = m; row < std::min(m + PANEL_ROWS, job.rows); ++row)
             for (int64_t at = 0; at < count; at += LINE_VALUES) __builtin_prefetch(place(row) + at, 1, 2);
