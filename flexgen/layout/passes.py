@@ -110,10 +110,11 @@ class Passes:
     def together(self, lengths: Sequence[int]) -> bool:
         """Whether prompts of these lengths may form a cell in which prompts enter.
 
-        If rows close up, many prompts may enter in adjacent places, so a cell has more prompts if they are short.
+        If rows close up, many prompts may enter in adjacent places, so a cell has more prompts if they are short. It
+        has no more positions than the largest of `cells`, for which buffers are made.
         """
         if self.closes_up:
-            return len(lengths) * max(lengths) <= _CELL_TOKENS
+            return len(lengths) * max(lengths) <= self.rows_of_cell * self.width
         return len(lengths) <= self.rows_of_cell
 
     def cells(self, rows: int) -> tuple[CellSize, ...]:

@@ -199,11 +199,15 @@ class _PassTimes:
 
 
 class _Plane:
-    """Values at n points `at` (n, 2) as a linear function of the point, with the least squares of the errors."""
+    """Values at n points `at` (n, 2) as a linear function of the point, with the least squares of the errors.
+
+    If the points are nearly on a line, the function does not change across it.
+    """
 
     def __init__(self, at: Sequence[tuple[int, int]]) -> None:
         self._middle, self._scale = np.mean(at, axis=0), np.maximum(np.ptp(at, axis=0), 1)
-        self._inverse = np.linalg.pinv(np.insert((at - self._middle) / self._scale, 0, 1, axis=1))
+        # Without rcond, noise in two values whose points nearly coincide would become a steep slope.
+        self._inverse = np.linalg.pinv(np.insert((at - self._middle) / self._scale, 0, 1, axis=1), rcond=0.1)
 
     def shares(self, point: tuple[int, int]) -> np.ndarray:
         """(n,): the weights of the n values, whose weighted sum is the value at `point`."""

@@ -52,7 +52,8 @@ class Search:
     def joined(self, other: Search, top: int) -> Search:
         """The best `top` candidates of two searches of one job."""
         every = (self.best, *self.runners_up, other.best, *other.runners_up)
-        best, *others = sorted(every, key=lambda one: one.prediction.report.total_s)[: max(top, 1)]
+        found = {(one.policy, one.order): one for one in every}  # both may have found the same
+        best, *others = sorted(found.values(), key=lambda one: one.prediction.report.total_s)[: max(top, 1)]
         return Search(best, tuple(others), self.considered + other.considered, self.seconds + other.seconds)
 
     def line(self) -> str:

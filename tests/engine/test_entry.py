@@ -94,6 +94,7 @@ def test_a_shared_prefix_and_windows(
     order=st.none() | st.sampled_from(sorted(ORDERS)),
     page=st.integers(1, 6),
     sep_layer=st.booleans(),
+    weights=st.sampled_from([{"gpu": 50, "cpu": 50}, {"disk": 100}]),
 )
 def test_any_shape(
     data: st.DataObject,
@@ -104,6 +105,7 @@ def test_any_shape(
     order: str | None,
     page: int,
     sep_layer: bool,
+    weights: Any,
     tiny: Any,
     prompts: Any,
 ) -> None:
@@ -111,7 +113,7 @@ def test_any_shape(
     times = data.draw(st.lists(st.integers(1, TOKENS), min_size=len(rows), max_size=len(rows)))
     policy = Policy(
         gpu_batch_size=shape[0], num_gpu_batches=shape[1], prefill_rows=shape[2], cache=split,
-        attend_on=place[1], sep_layer=sep_layer, weights={"gpu": 50, "cpu": 50},
+        attend_on=place[1], sep_layer=sep_layer, weights=weights,
     )  # fmt: skip
     with (
         piece_sizes(page_tokens=page, memory_page_tokens=page),
@@ -119,6 +121,15 @@ def test_any_shape(
     ):
         out = completed(lm, rows, Limited(Sampled(), times))
     np.testing.assert_array_equal(out, ended(model.greedy(rows, TOKENS), max(lengths), times))
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_short_prompts_that_enter_with_a_table_on_disk(device: str, tiny: Any, prompts: Any) -> None:
+    """The buffer of their embeddings has room for one long prompt."""
+    model, rows = tiny(NAMES[0]), prompts([8, *[4] * 8])
+    policy = Policy(gpu_batch_size=9, prefill_rows=8, weights={"disk": 100}, cache={"cpu": 100})
+    with OptLM(model.directory, policy, device=device, progress=False) as lm:
+        np.testing.assert_array_equal(completed(lm, rows, Sampled()), model.greedy(rows, TOKENS))
 
 
 @pytest.mark.parametrize("codec", ["int8", "int4", "fp8"])

@@ -93,6 +93,21 @@ def test_short_prompts_that_enter_in_adjacent_places_form_larger_cells():
     passes = Passes(128, rows=48, closes_up=True)
     assert passes.together([128, 100]) and not passes.together([128, 100, 90])
     assert passes.together([20] * 12) and not passes.together([20] * 13)
+    # Buffers have room for one prompt of this length.
+    long = Passes(150, rows=8, closes_up=True)
+    assert long.together([150]) and long.together([30] * 5) and not long.together([30] * 6)
+
+
+@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=12), rows=st.integers(1, 12))
+def test_buffers_have_room_for_every_cell_of_prompts(lengths, rows):
+    passes = Passes(max(lengths), rows=rows, closes_up=True)
+    batch = list(range(len(lengths)))
+    cells = entry_cells(
+        [batch], [False] * len(lengths), rows, lambda some: passes.together([lengths[n] for n in some])
+    )
+    for _, places in cells:
+        computed = len(places) * max(lengths[n] for n in places)
+        assert computed <= passes.positions(len(lengths))
 
 
 def test_passes_have_guesses_where_enough_of_them_are_right():
