@@ -14,7 +14,7 @@ One call takes less than ten minutes (`--seconds`). Each step writes its own JSO
 command, the exit status, the end of its output and its figures. The next call skips the steps that passed (unless
 `--again`) and repeats those that failed or ran out of time.
 
-It needs 100 GiB of host memory: OPT-30B runs 48 prompts in 3 batches of 16, whose cache and weights take 89 GiB. The
+It needs 100 GiB of host memory: OPT-30B runs 48 prompts in 3 batches of 16, whose cache and weights take 88 GiB. The
 peer needs 112 GiB, because its pinned memory rounds each tensor up to a power of two. Both sides generate all tokens.
 
 `--toy` runs all steps on tiny models, to test the steps themselves. Without a GPU, `--emulated` runs the same

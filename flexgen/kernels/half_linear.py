@@ -30,9 +30,10 @@ ROWS = 1024
 """Rows of x that are widened at once."""
 PIECE_BYTES = 4 * MIB
 """Bytes in float32 of a piece of the matrix that is widened at once. It stays in a cache until it is multiplied."""
-_WHOLE_ROWS, _DEPTH_BYTES, _LINE = 16, 4096, 64
-"""An upper bound for both layouts of x: whole vectors of rows (cpp/outer.h), and tiles of fewer rows (cpp/tiles.h). A
-tile has `_DEPTH_BYTES` of all rows before the next bytes, in whole cache lines, with a line between rows."""
+_TILE_ROWS, _LANES, _DEPTH_BYTES, _LINE = 4, 16, 4096, 64
+"""The same as in cpp/tiles.h: x is copied in whole tiles of rows, `_DEPTH_BYTES` of all rows before the next ones, in
+whole cache lines, with a line between rows. More than `_LANES` rows may be copied in whole vectors of rows (cpp/outer.h),
+which take no more memory than tiles of as many rows."""
 
 
 def _has_tiles(dtype: torch.dtype) -> bool:
@@ -82,7 +83,8 @@ def workspace_bytes(rows: int, out_size: int, in_size: int, dtype: torch.dtype) 
         item = dtype.itemsize if paired else torch.float32.itemsize
         row_bytes = in_size * item
         pitch = align(min(row_bytes, _DEPTH_BYTES), _LINE) + _LINE
-        return align(min(rows, SPAN), _WHOLE_ROWS) * -(-row_bytes // _DEPTH_BYTES) * pitch
+        unit = _LANES if rows > _LANES else _TILE_ROWS
+        return align(min(rows, SPAN), unit) * -(-row_bytes // _DEPTH_BYTES) * pitch
     return 0 if has_products(dtype) else pieces_bytes(rows, out_size, in_size)
 
 
