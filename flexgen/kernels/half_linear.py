@@ -32,8 +32,8 @@ PIECE_BYTES = 4 * MIB
 """Bytes in float32 of a piece of the matrix that is widened at once. It stays in a cache until it is multiplied."""
 _TILE_ROWS, _LANES, _DEPTH_BYTES, _LINE = 4, 16, 4096, 64
 """The same as in cpp/tiles.h: x is copied in whole tiles of rows, `_DEPTH_BYTES` of all rows before the next ones, in
-whole cache lines, with a line between rows. More than `_LANES` rows may be copied in whole vectors of rows (cpp/outer.h),
-which take no more memory than tiles of as many rows."""
+whole cache lines, with a line between rows. More than `_LANES` rows may be copied in whole vectors of rows
+(cpp/outer.h), which take no more memory than tiles of as many rows."""
 
 
 def _has_tiles(dtype: torch.dtype) -> bool:
