@@ -140,7 +140,9 @@ class _PassTimes:
         """The cached tokens that attention reads, and the prompts that enter. The seconds of passes of one kind are
         nearly linear in both."""
         cells = zip(one.rows, one.tokens, strict=True)
-        return one.attended(self._job.workload.prompt_len), sum(rows for rows, token in cells if token <= 0)
+        return one.cached_tokens(self._job.workload.prompt_len), sum(
+            rows for rows, token in cells if token <= 0
+        )
 
     def _kind(self, one: RefilledPass) -> _Kind:
         """The kind of a pass. If rows close up, a cell may have any number of rows, so the kind then also has the

@@ -53,7 +53,7 @@ class RefilledPass:
         """Passes of one kind differ in the lengths of their rows, and little in the number of rows."""
         return len(self.tokens), self.entering, self.begins, self.loaded
 
-    def attended(self, width: int) -> int:
+    def cached_tokens(self, width: int) -> int:
         """The cached tokens that attention reads, for prompts of `width` tokens.
 
         A part of a prompt adds its number, which is negative and grows with the tokens before it. The seconds of

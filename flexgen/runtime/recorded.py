@@ -86,8 +86,8 @@ class _Pass:
             factors.fill(cell, context)
         if cell.guesses is not None:
             before = cell.guesses.lengths
-            attended = cell.contexts(range(len(before)))
-            both = torch.stack((before, attended + cell.span.new))
+            cached = cell.contexts(range(len(before)))
+            both = torch.stack((before, cached + cell.span.new))
             self.lengths = both if self.lengths is None else self.lengths.copy_(both)
         self.number, self.length = cell.number, cell.span.length
 

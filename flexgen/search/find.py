@@ -209,8 +209,8 @@ class _Finder:
         best = min(kept, key=self._whole)
         starts = [best]
         if self._job.workload.copied > 1:  # a shape that is faster with guesses may be slower without them
-            others = [run for run in sorted(self._tried, key=self._score) if run.policy != best.policy]
-            starts += others[:_REFINED]
+            shapes = [run for run in sorted(self._tried, key=self._score) if run.policy != best.policy]
+            starts += shapes[:_REFINED]
         fastest = min(map(self._fastest_alike, starts), key=self._whole)
         kept = [fastest, *(run for run in kept if run not in (best, fastest))]
         candidates = {run: self._candidate(run) for run in kept}

@@ -64,7 +64,7 @@ def test_attention_reads_only_the_cache_of_rows_that_get_a_token():
     decoding = [one for one in passes if max(one.tokens) > 0]
     assert [one.rows for one in decoding] == [(1, 3), (1, 3), (3,), (3,)]
     assert [one.attending for one in decoding] == [(1, 1), (1, 2), (2,), (1,)]
-    assert [one.attended(5) for one in decoding] == [6, 2 * 7, 2 * 7, 7]
+    assert [one.cached_tokens(5) for one in decoding] == [6, 2 * 7, 2 * 7, 7]
 
 
 def test_noise_of_passes_that_are_nearly_alike_is_not_extrapolated():
