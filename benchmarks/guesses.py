@@ -109,10 +109,8 @@ def main() -> None:
             speeds = [report.throughput_tokens_s for report in foretold]
             predictions[name] = compared(name, speeds, found[name]["tokens_s"]["median"])
     if not args.no_save:
-        save(
-            "guesses_predicted" if args.predict else "guesses",
-            {"arguments": vars(args), "cases": found, "ratios": ratios, "predicted": predictions},
-        )
+        figures = {"arguments": vars(args), "cases": found, "ratios": ratios, "predicted": predictions}
+        save("guesses", figures)
 
 
 if __name__ == "__main__":

@@ -126,8 +126,7 @@ def main() -> None:
         },
     }
     if not args.no_save:
-        name = "prefix_tree" if args.documents else "prefix"
-        save(f"{name}_predicted" if args.predict else name, figures)
+        save("prefix_tree" if args.documents else "prefix", figures)
 
 
 if __name__ == "__main__":

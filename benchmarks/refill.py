@@ -118,7 +118,7 @@ def main() -> None:
                 name: speed / speeds["blocks"] for name, speed in speeds.items() if name != "blocks"
             }
             print(f"{kind}: tokens/s by those of block after block: {ratios[kind]}")
-            if not (args.predict or args.no_save):  # later cases may be interrupted
+            if not args.no_save:  # later cases may be interrupted
                 save("refill", {"arguments": vars(args), "figures": figures, "ratios": ratios})
         if args.predict:
             machines.append(measured(DEVICE, again=True))
@@ -130,7 +130,7 @@ def main() -> None:
             predictions[f"{kind}, {name}"] = compared(f"{kind}, {name}", expected, took)
     if args.predict and not args.no_save:
         found_all = {"figures": figures, "ratios": ratios, "predicted": predictions}
-        save("refill_predicted", {"arguments": vars(args), **found_all})
+        save("refill", {"arguments": vars(args), **found_all})
 
 
 if __name__ == "__main__":
