@@ -24,14 +24,22 @@ from flexgen.schedule.seats import Seats
 class RefilledPass:
     """One pass of a block.
 
-    rows: of each cell of a layer. tokens: of each, the new token of the rows that have the most, as in `Passes`. If
-    prompts enter in the places of single rows, it is the mean. attending: of each, the number of rows that get a
-    token, whose cache attention reads.
-    live: the number of rows that get a new token. moved: the cached tokens that were copied before the pass, summed
-    over rows. begins: whether a run begins with it, because the batches before it were others. cut: whether its run
-    ends with it and before the last pass of its grid, so that loads for the next pass have been issued. put_back:
-    the number of rows that are put back to wait after it. A part of such a row that is computed again counts as a
-    prompt. loaded: whether the run before has loaded the first weights for it (`runtime/weights_ahead.py`).
+    Of each cell of a layer:
+
+    rows: the number of its rows.
+    tokens: the new token of the rows that have the most, as in `Passes`; if prompts enter in the places of single
+        rows, the mean. Up to 0 if the cell computes prompts, or rows that are computed again.
+    attending: the number of rows that get a token, whose cache attention reads.
+
+    Of the block:
+
+    live: the number of rows that get a new token.
+    moved: the cached tokens that were copied before the pass, summed over rows.
+    begins: whether a run begins with the pass, because the batches before it were others.
+    cut: whether its run ends with the pass and before the last pass of its grid, so that loads for the next pass have
+        been issued.
+    put_back: the number of rows that are put back to wait after the pass.
+    loaded: whether the run before has loaded the first weights for the pass (`runtime/weights_ahead.py`).
     """
 
     rows: tuple[int, ...]
@@ -215,7 +223,7 @@ class _ByBatch:
 
 
 class _Cell(NamedTuple):
-    """A cell in which rows decode or enter, with the fields of `RefilledPass`."""
+    """A cell of a `RefilledPass`."""
 
     rows: int
     token: int
