@@ -133,10 +133,12 @@ class Choices:
                 yield room
 
     def rates(self, policy: Policy) -> Iterator[Policy]:
-        """`policy` with other numbers of prompts that enter in a pass."""
-        if policy.prefill_rows and "prefill_rows" not in self.fixed:
-            for times in _RATES:
-                yield policy.replace(prefill_rows=max(round(times * policy.prefill_rows), 1))
+        """`policy` with other numbers of prompts that enter in a pass, at most as many as it has places."""
+        now = policy.prefill_rows
+        if not now or "prefill_rows" in self.fixed:
+            return
+        rates = (min(max(round(times * now), 1), policy.block_size) for times in _RATES)
+        yield from (policy.replace(prefill_rows=rate) for rate in dict.fromkeys(rates) if rate != now)
 
     def closing_up(self, policy: Policy) -> Iterator[Policy]:
         """`policy` with one batch whose rows close up. A prompt enters in it as soon as a row has ended."""
