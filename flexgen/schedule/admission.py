@@ -14,8 +14,6 @@ Place = tuple[int, int]
 _PAID_BACK = 2
 """The number of tokens after which compaction pays off. It reads and writes the cache of the remaining rows once.
 With at most half of the rows left, each later token reads at least the same number of bytes less."""
-
-
 _GIVE = 4
 """While prompts wait, at most this number of batches, k, move to free one of them. Then at least 1 - 1/k of the
 places of these batches are in use, and each prompt that enters moves at most k - 1 rows. The seconds lost to idle
@@ -92,13 +90,16 @@ def reseated(
 ) -> list[list[int]]:
     """The row in each place of each batch for the next pass, if prompts enter in the places of rows that have ended.
 
-    A batch whose rows have all ended is [] if no prompt waits. ended: whether a row has ended. computed: not 0 if
-    its prompt was computed. Both are indexed by rows. A row that was not computed enters next. rows: the maximum
-    number of prompts that a pass computes.
+    A batch whose rows have all ended is [] if no prompt waits.
+
+    ended: by row, whether it has ended.
+    computed: by row, 0 until its prompt was computed. Such rows in `batches` are computed next.
+    waiting: the rows without a place.
+    rows: the maximum number of prompts that a pass computes.
     """
     room = rows - sum(not computed[row] for batch in batches for row in batch)
-    coming = iter(waiting[: max(room, 0)])
-    seated = [[next(coming, row) if ended[row] else row for row in batch] for batch in batches]
+    entering = iter(waiting[: max(room, 0)])
+    seated = [[next(entering, row) if ended[row] else row for row in batch] for batch in batches]
     if room >= len(waiting):
         seated = [[] if all(ended[row] for row in batch) else batch for batch in seated]
     return seated
@@ -112,23 +113,21 @@ def closed_up(
     waiting: Sequence[int],
     rows: int,
 ) -> list[list[int]]:
-    """`reseated` for a block whose rows move to its first places when others have ended.
+    """As `reseated`, for a block whose rows move to its first places when others have ended (`Topology.closes_up`).
 
-    As few rows as possible move: the last ones, to the places of rows that have ended. Rows whose prompts are not
-    computed yet come after all others.
+    As few rows as possible move: the last ones, to the places of rows that have ended. Prompts that are not computed
+    yet have the places after all other rows. The result has only places with a row.
 
-    sizes: the number of places of each batch. The result has only places with a row.
+    sizes: the number of places of each batch.
     """
-    stay = {
-        begin + n: row
-        for begin, batch in zip(accumulate(sizes, initial=0), batches, strict=False)
-        for n, row in enumerate(batch)
-        if computed[row] and not ended[row]
+    begins = [*accumulate(sizes, initial=0)]
+    going = {
+        begins[k] + n: row for row, (k, n) in _places(batches).items() if computed[row] and not ended[row]
     }
-    moving = (row for place, row in stay.items() if place >= len(stay))
-    seated = [stay[place] if place in stay else next(moving) for place in range(len(stay))]
+    moving = (row for place, row in going.items() if place >= len(going))
+    seated = [going[place] if place in going else next(moving) for place in range(len(going))]
     seated += (row for batch in batches for row in batch if not computed[row])
-    room = min(len(stay) + rows, sum(sizes)) - len(seated)
+    room = min(len(going) + rows, sum(sizes)) - len(seated)
     following = iter([*seated, *waiting[: max(room, 0)]])
     return [list(islice(following, size)) for size in sizes]
 
@@ -136,12 +135,14 @@ def closed_up(
 def movers(
     before: Sequence[Sequence[int]], after: Sequence[Sequence[int]], computed: Sequence[int]
 ) -> dict[int, tuple[Place, Place]]:
-    """The old and the new place of each row that moves with its cache, by row."""
-    old, new = (
-        {row: (k, n) for k, batch in enumerate(batches) for n, row in enumerate(batch)}
-        for batches in (before, after)
-    )
-    return {row: (old[row], at) for row, at in new.items() if computed[row] and old[row] != at}
+    """The old and the new place of each row that moves with its cache, by row. computed: as for `reseated`."""
+    old, new = _places(before), _places(after)
+    return {row: (old[row], place) for row, place in new.items() if computed[row] and old[row] != place}
+
+
+def _places(batches: Sequence[Sequence[int]]) -> dict[int, Place]:
+    """The place of each row."""
+    return {row: (k, n) for k, batch in enumerate(batches) for n, row in enumerate(batch)}
 
 
 def entry_cells(

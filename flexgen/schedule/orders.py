@@ -12,12 +12,13 @@ file. The arguments of the decorator set the number of buffers and whether atten
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from itertools import pairwise, product
+from itertools import count, pairwise, product
+from typing import NamedTuple
 
 from flexgen.errors import ScheduleError, did_you_mean, shown
-from flexgen.schedule.steps import LOADS, STORES, Grid, Op, Step, check
+from flexgen.schedule.steps import LOADS, STORES, Cell, Grid, Op, Step, check
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,30 @@ def overlap_multi_batch(grid: Grid) -> Iterator[Step]:
         yield from (Step(op, *cell) for op in (*grid.computing, *STORES))
 
 
+class _Distances(NamedTuple):
+    """The numbers of cells between steps of a cell and its PROJECT, in `overlap_cpu_attention`.
+
+    loads: LOAD_CACHE and LOAD_HIDDEN are issued that many cells earlier. compute: COMPUTE and STORE_HIDDEN are issued
+    that many cells later. store_cache: so is STORE_CACHE.
+    """
+
+    loads: int
+    compute: int
+    store_cache: int
+
+    @classmethod
+    def of(cls, grid: Grid) -> _Distances:
+        in_hand = min(grid.batches, grid.cell_slots)
+        # COMPUTE is issued right after its attention output arrives. With enough cells it is issued after the next
+        # PROJECT instead: then neither the device nor the host waits while queries and outputs cross the link.
+        compute = 2 if in_hand > 3 else 1
+        # With two batches, prompts may enter in one cell, whose keys and values the host stores. Before the attention
+        # of the other cell, this store would delay the attention. After it, the store overlaps with products of the
+        # device.
+        late = grid.splits_attention and grid.batches == 2 and grid.layers > 1 and grid.cell_slots > 3
+        return cls(1 if in_hand > compute + 1 else 0, compute, 3 if late else compute)
+
+
 @order(slots=Slots(weights=3, cells=4, decoded=2), splits_attention=True)
 def overlap_cpu_attention(grid: Grid) -> Iterator[Step]:
     """While the host computes attention for a batch, the device projects the next batch and finishes the previous
@@ -188,46 +213,54 @@ def overlap_cpu_attention(grid: Grid) -> Iterator[Step]:
     if grid.batches == 1:  # the next cell's hidden states are this cell's output: nothing to overlap
         yield from overlap_single_batch(grid)
         return
-    in_hand = min(grid.batches, grid.cell_slots)
-    # COMPUTE is issued right after its attention output arrives. With enough cells it is issued after the next
-    # PROJECT instead: then neither the device nor the host waits while queries and outputs cross the link.
-    lag = 2 if in_hand > 3 else 1
-    ahead = 1 if in_hand > lag + 1 else 0  # how far a cell's loads are ahead of it
-    # With two batches, prompts may enter in one cell, whose keys and values the host stores. Before the attention of
-    # the other cell, this store would delay the attention. After it, the store overlaps with products of the device.
-    late = grid.splits_attention and grid.batches == 2 and grid.layers > 1 and grid.cell_slots > 3
-    stores = 3 if late else lag
+    apart, splits = _Distances.of(grid), grid.splits_attention
     yield from (Step(Op.LOAD_WEIGHTS, 0, 0, piece) for piece in range(grid.weight_pieces))
-    yield from (Step(op, *cell) for n in range(ahead) if (cell := grid.cell(n)) for op in LOADS)
-    carrier = 0  # the cell with which the next weights are issued
-    for n in range(grid.tokens * grid.layers * grid.batches + stores):
-        if following := grid.cell(n + ahead):
-            yield from (Step(op, *following) for op in LOADS)
-        cell, before, oldest = grid.cell(n), grid.cell(n - 1), grid.cell(n - lag)
-        rest = [Step(op, *oldest) for op in (Op.COMPUTE, Op.STORE_HIDDEN)] if oldest else []
-        if stored := grid.cell(n - stores):
-            cached = [Step(Op.STORE_CACHE, *stored)]
-            rest = [*rest, *cached] if stores == lag else [*cached, *rest]
-        if cell and grid.splits_attention:
-            yield Step(Op.PROJECT, *cell)
-        if lag > 1:
-            yield from rest
-        if cell and grid.splits_attention:
-            yield Step(Op.ATTEND, *cell)
-        if before and grid.splits_attention:
-            yield Step(Op.LOAD_ATTENTION, *before)
-        # Weights are issued after the short transfers, and early, so that the first PROJECT of a layer does not
-        # wait for its last piece. But the layer that had the slot must have computed every batch first.
-        while (
-            carrier <= n + 1 and (carrier // grid.batches + 2 - grid.weight_slots) * grid.batches + lag <= n
-        ):
-            visit, batch = divmod(carrier, grid.batches)
-            if next_visit := grid.visit(0, 0, visit + 1):
-                weights = [Step(Op.LOAD_WEIGHTS, *next_visit, piece) for piece in range(grid.weight_pieces)]
-                yield from _spread(weights, grid.batches)[batch]
-            carrier += 1
-        if lag == 1:
-            yield from rest
+    for n in range(apart.loads):
+        yield from _steps(LOADS, grid.cell(n))
+    cells, arriving = grid.tokens * grid.layers * grid.batches, _weights_after_transfers(grid, apart.compute)
+    for n, weights in zip(range(cells + apart.store_cache), arriving, strict=False):
+        computed = _steps((Op.COMPUTE, Op.STORE_HIDDEN), grid.cell(n - apart.compute))
+        stored = _steps((Op.STORE_CACHE,), grid.cell(n - apart.store_cache))
+        finished = [*stored, *computed] if apart.store_cache > apart.compute else [*computed, *stored]
+        yield from _steps(LOADS, grid.cell(n + apart.loads))
+        yield from _steps((Op.PROJECT,) if splits else (), grid.cell(n))
+        if apart.compute > 1:
+            yield from finished
+        yield from _steps((Op.ATTEND,) if splits else (), grid.cell(n))
+        yield from _steps((Op.LOAD_ATTENTION,) if splits else (), grid.cell(n - 1))
+        yield from weights
+        if apart.compute == 1:
+            yield from finished
+
+
+def _steps(ops: Iterable[Op], cell: Cell | None) -> list[Step]:
+    """These steps of a cell; none outside the grid."""
+    return [Step(op, *cell) for op in ops] if cell else []
+
+
+def _weights_after_transfers(grid: Grid, compute: int) -> Iterator[list[Step]]:
+    """The weights to issue with cell 0, 1, ... (without end), after the short transfers of the cell.
+
+    Those of the next visit are spread over the batches, one cell early, so that the first PROJECT of a layer does not
+    wait for its last piece. But the layer that had their slot must have computed every batch first.
+
+    compute: see `_Distances`.
+    """
+    number = 0  # the cell whose share of the next visit's weights comes next
+    for issuing in count():
+        issued: list[Step] = []
+        while max(number - 1, _cell_after_slot(grid, number // grid.batches + 1) + compute) <= issuing:
+            visit, batch = divmod(number, grid.batches)
+            if following := grid.visit(0, 0, visit + 1):
+                pieces = [Step(Op.LOAD_WEIGHTS, *following, piece) for piece in range(grid.weight_pieces)]
+                issued += _spread(pieces, grid.batches)[batch]
+            number += 1
+        yield issued
+
+
+def _cell_after_slot(grid: Grid, visit: int) -> int:
+    """The number of the first cell after the visit that had the weight slot of visit number `visit` before it."""
+    return (visit + 1 - grid.weight_slots) * grid.batches
 
 
 @order(slots=Slots(weights=1), for_comparison=True)

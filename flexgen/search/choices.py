@@ -24,13 +24,19 @@ _MOST_BATCHES = 64
 """The maximum number of batches. Beyond it, sharing a load of weights among more batches saves almost nothing."""
 _MOST_CELLS = 6_500
 """The maximum number of cells per token, in all layers. With more, predictions are slow and runs have short steps."""
-
 _GUESSES = (4, 8)
 """The numbers of guesses to try. More are rarely right, and fewer save little of a pass that loads weights."""
-
 _RESERVED = (1, 2)
 """The numbers of tokens to reserve for each row, in mean numbers of new tokens. All rows of a batch have memory up to
 the longest of them, which is longer than the mean."""
+_RATES = (0.75, 1.25, 1.5)
+"""Numbers of prompts that enter in a pass, as multiples of those that end in one. Fewer leave places empty, but more
+fill them earlier."""
+_ONE_BATCH = (32, 64, 128)
+"""Numbers of rows to try for one batch whose rows close up. The search also tries the places of the best block."""
+_FEWEST_BLOCKS = 2
+"""The number of blocks of prompts from which prompts may enter at a rate. Half of the places are empty while they are
+filled and again in the end, for as many passes as answers have tokens."""
 
 
 def with_guesses(policy: Policy, spec: ModelSpec) -> Iterator[Policy]:
@@ -40,16 +46,6 @@ def with_guesses(policy: Policy, spec: ModelSpec) -> Iterator[Policy]:
     for guess in _GUESSES:
         if policy.gpu_batch_size * (1 + guess) <= spec.chunk_tokens:
             yield policy.replace(guess=guess, prefill_rows=0)
-
-
-_RATES = (0.75, 1.25, 1.5)
-"""Numbers of prompts that enter in a pass, as multiples of those that end in one. Fewer leave places empty, but more
-fill them earlier."""
-_ONE_BATCH = (32, 64, 128)
-"""Numbers of rows to try for one batch whose rows close up. The search also tries the places of the best block."""
-_FEWEST_BLOCKS = 2
-"""The number of blocks of prompts from which prompts may enter at a rate. Half of the places are empty while they are
-filled and again in the end, for as many passes as answers have tokens."""
 
 
 class Choices:
@@ -124,7 +120,7 @@ class Choices:
             if shaped and shaped != form:
                 yield shaped
 
-    def alike(self, policy: Policy, short: Short) -> Iterator[Policy]:
+    def variants(self, policy: Policy, short: Short) -> Iterator[Policy]:
         """Variants of `policy`: other rates at which prompts enter, one batch whose rows close up, more of the cache
         on the GPU in place of weights, and guesses."""
         yield from self.rates(policy)
@@ -137,21 +133,25 @@ class Choices:
                 yield room
 
     def rates(self, policy: Policy) -> Iterator[Policy]:
-        """`policy` with other numbers of prompts that enter in a pass."""
-        if policy.prefill_rows and "prefill_rows" not in self.fixed:
-            for times in _RATES:
-                yield policy.replace(prefill_rows=max(round(times * policy.prefill_rows), 1))
+        """`policy` with other numbers of prompts that enter in a pass, at most as many as it has places."""
+        now = policy.prefill_rows
+        if not now or "prefill_rows" in self.fixed:
+            return
+        rates = (min(max(round(times * now), 1), policy.block_size) for times in _RATES)
+        yield from (policy.replace(prefill_rows=rate) for rate in dict.fromkeys(rates) if rate != now)
 
     def closing_up(self, policy: Policy) -> Iterator[Policy]:
         """`policy` with one batch whose rows close up. A prompt enters in it as soon as a row has ended."""
         workload, topology = self._job.workload, self._job.hardware.topology
-        given = self.fixed & {"gpu_batch_size", "num_gpu_batches"} or policy.cache.percent(Tier.DISK)
-        if given or workload.mean_new is None or not self._may_enter(policy):
+        shape_given = bool(self.fixed & {"gpu_batch_size", "num_gpu_batches"})
+        on_disk = policy.cache.percent(Tier.DISK) > 0
+        if shape_given or on_disk or workload.mean_new is None or not self._may_enter(policy):
             return
+        most = min(workload.num_prompts, self._job.spec.chunk_tokens)
         for rows in sorted({policy.block_size, *_ONE_BATCH}):
             shape = dict(gpu_batch_size=rows, num_gpu_batches=1, prefill_rows=rows)
             one = policy.replace(activations={Tier.GPU: 100}, **shape)
-            if topology.closes_up(one) and rows <= min(workload.num_prompts, self._job.spec.chunk_tokens):
+            if rows <= most and topology.closes_up(one):
                 yield one
 
     def guessing(self, policy: Policy) -> Iterator[Policy]:

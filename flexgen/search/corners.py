@@ -16,25 +16,21 @@ from typing import NamedTuple
 import numpy as np
 
 from flexgen.errors import HardwareError, PolicyError
-from flexgen.layout.passes import Passes
 from flexgen.layout.plan import Target, plan_memory
 from flexgen.layout.prefix import prefix_policy, prefix_slots, prefix_workloads
 from flexgen.layout.weight_slots import slot_sizes
 from flexgen.models.spec import LayerSpec
 from flexgen.policy import Policy, Share, Split, Tier
-from flexgen.predict.costs import CostedBlock, StepCosts
 from flexgen.predict.job import Job
 from flexgen.predict.placed import PlacedModel, Placements
-from flexgen.predict.prediction import decode_seconds
 from flexgen.predict.refill import refills
 from flexgen.predict.workspaces import workspaces_on
 from flexgen.schedule.orders import Order
-from flexgen.schedule.steps import Grid, Op, Step, all_steps
-from flexgen.search.linear import IN_TURN, LANE_ROW, ROWS, UNHIDDEN, Column, Figures, blocks
+from flexgen.schedule.steps import Op
+from flexgen.search.corner_seconds import BlockSeconds
+from flexgen.search.linear import ROWS, Column, Figures, blocks
 from flexgen.search.turnover import turnover
 from flexgen.workload import Workload
-
-_TURN = (Op.LOAD_HIDDEN, Op.PROJECT, Op.ATTEND, Op.LOAD_ATTENTION, Op.COMPUTE, Op.STORE_HIDDEN)
 
 _DEPENDS = {
     Op.LOAD_WEIGHTS: ("weights",),
@@ -181,67 +177,13 @@ class Corners:
     def _seconds(
         self, policy: Policy, order: Order, ops: Collection[Op], workload: Workload | None = None
     ) -> dict[Op, np.ndarray]:
-        """The seconds (2, parts, rows) of the steps of each of `ops`, see `_Corner`. workload: None is that of the
-        job.
+        """The seconds of the steps of each of `ops`, see `BlockSeconds`. workload: None is that of the job.
 
         They come from a model with one layer of each kind, which counts as often as the whole model has it.
         """
         model = self._model(policy)
-        layers = model.layers
-        repeated = [self._counts[layer.layer_spec] if layer.layer_spec else 1 for layer in layers]
-        workload = workload or self._job.workload
-        gen_len, on_disk = workload.gen_len, bool(policy.cache.percent(Tier.DISK))
-        new, flushing = _few_tokens(gen_len, on_disk)
-        entering = refills(workload, policy)
-        if entering:
-            new, flushing = sorted({0, min(1, gen_len - 1), gen_len - 1}), ()
-        passes = Passes.of(workload, policy)
-        parts = range(passes.first, 0)
-        lead, tokens = len(parts), [*parts, *new]
-        several = policy.num_gpu_batches > 1
-        block = CostedBlock(policy.block_size, order, tokens, [lead + n for n in flushing])
-        costs = StepCosts(model, policy, workload, block)
-        apart, cells = costs, 1.0
-        if passes.rows:  # the prompts of a batch are computed in several cells, between those of other rows
-            rows = passes.cells(policy.gpu_batch_size)[1].rows
-            cells = policy.gpu_batch_size / rows
-            own = CostedBlock(rows, order, [0], batches=[rows] * policy.num_gpu_batches)
-            apart = StepCosts(model, policy, workload, own)
-        sums = {op: [[[0.0] * len(tokens) for _ in range(ROWS)] for _ in range(2)] for op in ops}
-        shape = 1, len(layers), policy.num_gpu_batches, costs.weight_pieces
-        for op, _, layer, batch in all_steps(Grid(*shape, splits_attention=order.splits_attention)):
-            if op not in sums:
-                continue
-            first, times = sums[op][0], repeated[layer]
-            each = sums[op][several and batch > 0 and op is not Op.LOAD_WEIGHTS]
-            for n, token in enumerate(tokens):
-                longest, enters = 0.0, passes.rows > 0 and token == 0
-                count = times * cells if enters and op is not Op.LOAD_WEIGHTS else times
-                for chain in (apart if enters else costs)(Step(op, n, layer, batch)):
-                    for lane, seconds in chain:
-                        each[LANE_ROW[lane]][n] += count * seconds
-                    longest = max(longest, sum(seconds for _, seconds in chain))
-                if op in _TURN and batch == 0 and not enters:
-                    first[IN_TURN][n] += times * longest
-                if op is Op.LOAD_WEIGHTS and order.slots.weights == 1:
-                    first[UNHIDDEN][n] += times * longest
-                if op is Op.COMPUTE:
-                    each[UNHIDDEN][n] += count * longest
-
-        def of_parts(row: list[float]) -> tuple[float, ...]:
-            prefill = sum(row[: lead + 1])
-            if entering:
-                return (prefill, row[lead + 1], row[-1]) if gen_len > 1 else (prefill, 0.0, 0.0)
-            if not any(row):
-                return 0.0, 0.0
-            decode = decode_seconds(row[lead:], new, flushing, gen_len, costs.flushes)
-            return prefill, decode / self._job.workload.tokens_in_pass(policy.guess)
-
-        taken = {op: np.array([[*map(of_parts, rows)] for rows in both]) for op, both in sums.items()}
-        if several:  # from the first batch and each further one to a line in their number
-            for both in taken.values():
-                both[0] -= both[1]
-        return {op: both.swapaxes(1, 2) for op, both in taken.items()}
+        repeated = [self._counts[one.layer_spec] if one.layer_spec else 1 for one in model.layers]
+        return BlockSeconds(model, repeated, policy, workload or self._job.workload, order).of_ops(ops)
 
     def _bytes(self, policy: Policy, order: Order) -> np.ndarray:
         """The bytes (2, tiers): from the plans of small models with few batches, plus those of the other layers."""
@@ -319,15 +261,3 @@ def _with_batches(policy: Policy, batches: int) -> Policy:
     """`policy` with another number of batches, and as many prompts that enter for each batch as before."""
     entering = round(policy.prefill_rows * batches / policy.num_gpu_batches)
     return policy.replace(num_gpu_batches=batches, prefill_rows=max(entering, min(policy.prefill_rows, 1)))
-
-
-def _few_tokens(gen_len: int, pages: bool) -> tuple[Sequence[int], Sequence[int]]:
-    """The tokens to time, and the indices of those that write a page.
-
-    The tokens are the prefill's and one that represents the decode, whose seconds grow linearly. With `pages` on
-    disk, there are also a token that writes a page and the token after it.
-    """
-    if gen_len < 5:
-        return range(gen_len), ()
-    middle = gen_len // 2
-    return ([0, middle, middle + 1, middle + 2], [2]) if pages else ([0, middle], ())

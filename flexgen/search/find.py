@@ -6,45 +6,42 @@ instead of using the paper's cost model.
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 
-import numpy as np
-
 from flexgen.errors import CapacityError
 from flexgen.layout.fitting import parts_of
 from flexgen.models import ModelSpec
-from flexgen.policy import Auto, Policy, Tier
+from flexgen.policy import Auto, Policy
 from flexgen.predict.hardware import Hardware
 from flexgen.predict.job import Job
 from flexgen.schedule.orders import Slots
 from flexgen.search.candidates import Candidate, Search
 from flexgen.search.choices import Choices, reserves
 from flexgen.search.effort import THOROUGH, Effort, without_collections
+from flexgen.search.fitting import Fitting
 from flexgen.search.limits import limits_in_words
-from flexgen.search.linear import CLASSES, Solution, one_codec_each
-from flexgen.search.moves import Short, filled, moves, squeezed, with_room
+from flexgen.search.linear import Figures
+from flexgen.search.moves import moves, with_room
 from flexgen.search.programs import Programs, Solved, by_seconds
+from flexgen.search.ranking import Ranking
 from flexgen.search.simulations import Run, Simulations
-from flexgen.units import format_bytes
 from flexgen.workload import Workload
 
 _ALL_OPEN = Auto()
 """No field of the policy is given, and the search may not choose codecs."""
 _REORDERED = 2
 """The number of best shapes to try in every order."""
-_OWN_ORDER = 0.01
-"""The share of the time by which another order must be faster than the policy's own order. A policy file does not
-store an order, so you have to pass it to every run."""
 _REFINED = 3
 """The number of best runs to improve. If prompts enter at a rate, each is also tried with other numbers of places."""
 _ROUNDS = 3
 """The maximum number of times that a variant replaces the winner."""
 _STEPS = 100.0, 20.0, 5.0, 1.0
 """The percentages to move in one step to improve the winner. The first moves everything on a tier."""
+_FASTER = 1e-4
+"""The share of the time that a move must save at least."""
 
 
 def find_policy(
@@ -93,16 +90,12 @@ def find_for_job(
 
 
 def _find(job: Job, auto: Auto, top: int, slots: Slots | None, effort: Effort) -> Search:
-    """`find_for_job` for the given `Policy.reserve_new`."""
+    """`find_for_job` for the given codecs and the given `Policy.reserve_new`."""
     began = time.perf_counter()
-    # If nothing fits, prompts are computed in chunks, of the first chunk size that fits.
-    given = [auto.fixed]
-    if not Policy.from_dict(auto.fixed).prefill_chunk:
-        given += [{**auto.fixed, "prefill_chunk": n} for n in parts_of(job.workload.prompt_len)]
     considered, refused = 0, None
     with without_collections():
-        for fixed in given:
-            finder = _Finder(job, Choices(job, replace(auto, fixed=fixed), effort.every), slots, effort)
+        for given in _whole_or_in_chunks(auto, job.workload.prompt_len):
+            finder = _Finder(job, Choices(job, given, effort.every), slots, effort)
             try:
                 best, *others = finder.ranked(max(top, 1))
             except CapacityError as error:
@@ -115,159 +108,66 @@ def _find(job: Job, auto: Auto, top: int, slots: Slots | None, effort: Effort) -
     raise refused
 
 
+def _whole_or_in_chunks(auto: Auto, prompt_len: int) -> Iterator[Auto]:
+    """The given fields, and if nothing fits with them, also a size of chunks of prompts, largest first."""
+    yield auto
+    if not Policy.from_dict(auto.fixed).prefill_chunk:
+        for chunk in parts_of(prompt_len):
+            yield replace(auto, fixed={**auto.fixed, "prefill_chunk": chunk})
+
+
 class _Finder:
+    """A search for given choices, in stages. Each stage adds runs to the ranking or improves its best ones."""
+
     def __init__(self, job: Job, choices: Choices, slots: Slots | None, effort: Effort) -> None:
         self._job = job
         self._choices = choices
         self._effort = effort
         self._programs = Programs(job, choices, slots)
         self._simulations = Simulations(job)
-        self._tried: dict[Run, Solved] = {}
-        self._took: dict[Run, float] = {}
+        self._fitting = Fitting(job, choices, self._programs, self._simulations)
+        self._ranking = Ranking(job, self._simulations)
 
     @property
     def considered(self) -> int:
         return self._programs.considered
 
-    # From solutions to policies
-
-    def _realised(self, solved: Solved) -> Policy | None:
-        """The solution as a policy that fits, or None.
-
-        If the policy exceeds a tier, by rounding or by a head that needs a slot, the program is solved again with a
-        capacity that is smaller by the excess. If that has no solution, weights are moved to slower tiers.
-        """
-        capacity, solution = self._programs.capacity.copy(), solved.solution
-        first = self._choices.rounded(solved.form, solution.shares)
-        for _ in range(8):
-            policy = self._choices.rounded(solved.form, solution.shares)
-            _, short = self._simulations.plan(Run(policy, solved.order))
-            if (short <= 0).all():
-                return policy
-            capacity -= 1.05 * np.maximum(short, 0)
-            again = one_codec_each(solved.figures, capacity, self._choices.given)
-            if again is None:
-                break
-            solution = again
-        settled = "weights" in self._choices.fixed
-        return None if settled else squeezed(first, self._choices.tiers, self._short_in(solved.order))
-
-    def _short_in(self, order: str | None) -> Short:
-        return lambda policy: self._simulations.short(Run(policy, order))
-
-    def _runs(self, solved: Solved) -> Iterator[tuple[Run, Solved]]:
-        """The solution as policies that fit.
-
-        Slots have the size of the largest layer, which may be a head. The program does not know that, so the free
-        memory that it leaves is filled, and overlap is tried even if the program found no room for it.
-        """
-        policy, choices = self._realised(solved), self._choices
-        if policy is None:
-            return
-        settled, short = "weights" in choices.fixed, self._short_in(solved.order)
-        yield Run(policy if settled else filled(policy, choices.tiers, short), solved.order), solved
-        if settled or policy.overlap or "overlap" in choices.fixed or self._job.order:
-            return
-        if overlapped := squeezed(policy.replace(overlap=True), choices.tiers, short):
-            form = solved.form.replace(overlap=True)
-            own = solved._replace(form=form, figures=self._programs.figures(form, solved.order))
-            yield Run(filled(overlapped, choices.tiers, short), solved.order), own
-
-    # Ranking by simulation
-
     def ranked(self, top: int) -> list[Candidate]:
-        """The candidates, best first."""
-        simulations = self._simulations
-        for solved in self._programs.all():
-            beaten = self._took and solved.seconds > min(self._took.values())
-            if len(self._tried) >= top and (beaten or simulations.laid_out > self._effort.cells):
-                break
-            self._try(solved)
-        if not self._tried:
-            solved = self._smallest()
-            run = Run(self._choices.rounded(solved.form, solved.solution.shares), solved.order)
-            if simulations.short(run):
-                raise self._too_small(run)
-            self._add(run, solved)
-        if self._choices.joins_layers:
-            self._try_units()
+        """At most `top` candidates, best first. Raises CapacityError if not even the smallest policy fits."""
+        self._try_solutions(top)
+        self._try_units()
         self._try_orders()
         contenders = self._contenders()
-        leading = contenders[:_REFINED]
-        improved = [self._in_best_order(self._improved(run)) for run in leading]
-        # They were improved by simulations of a few layers, which are not exact.
-        best = improved[0] if len(leading) == 1 else min([*improved, *leading], key=self._whole)
-        others = [
-            *contenders,
-            *(run for run in sorted(self._tried, key=self._score) if run not in contenders),
-        ]
-        kept, laid_out = [best], simulations.cells(best.policy)[0]
-        for run in others:
-            if run != best and len(kept) < top and (len(kept) < 2 or laid_out < self._effort.last_cells):
-                kept.append(run)
-                laid_out += simulations.cells(run.policy)[0]
-        best = min(kept, key=self._whole)
-        starts = [best]
-        if self._job.workload.copied > 1:  # a shape that is faster with guesses may be slower without them
-            shapes = [run for run in sorted(self._tried, key=self._score) if run.policy != best.policy]
-            starts += shapes[:_REFINED]
-        fastest = min(map(self._fastest_alike, starts), key=self._whole)
-        kept = [fastest, *(run for run in kept if run not in (best, fastest))]
-        candidates = {run: self._candidate(run) for run in kept}
-        took = {run: made.prediction.report.total_s for run, made in candidates.items()}
-        first, *others = sorted(kept, key=lambda run: took[run] * self._handicap(run))
+        kept = self._kept(self._best_improved(contenders[:_REFINED]), contenders, top)
+        first, *others = sorted(self._with_fastest_variant(kept), key=self._ranking.whole_score)
         # A candidate that is faster only without the handicap of its order is not a runner-up.
-        return [candidates[run] for run in (first, *others) if took[run] >= took[first]]
+        least = self._ranking.predicted(first)
+        return [self._candidate(run) for run in (first, *others) if self._ranking.predicted(run) >= least]
 
-    def _contenders(self) -> list[Run]:
-        """The best runs, ranked by their predicted times for the whole model: as many as the effort allows. If it
-        allows only one, this is the best run of the ranking so far.
+    # The runs to rank
 
-        Passes in which prompts enter lose time where they begin and end. This time does not depend on the number of
-        layers, so it is a larger share in a model of few layers.
-        """
-        some, laid_out = list[Run](), 0
-        for run in sorted(self._tried, key=self._score):
-            laid_out += self._simulations.cells(run.policy)[0]
-            if some and laid_out > self._effort.last_cells:
-                break
-            some.append(run)
-        if len(some) == 1:
-            return some
-        before = set(self._tried)
-        for solved in [self._tried[run] for run in sorted(some, key=self._whole)[:_REFINED]]:
-            for form in self._choices.places(solved.form):
-                if other := self._programs.of(form, solved.order):
-                    self._try(other)
-        return sorted([*some, *(run for run in self._tried if run not in before)], key=self._whole)
+    def _try(self, solved: Solved) -> list[Run]:
+        """Rank the policies of a solution. Returns those that are new."""
+        return [run for run, own in self._fitting.runs(solved) if self._ranking.add(run, own)]
 
-    def _fastest_alike(self, best: Run) -> Run:
-        """The fastest of `best` and its variants, then of this one and its variants, as long as it changes."""
-        for _ in range(_ROUNDS):
-            alike = self._choices.alike(best.policy, self._short_in(best.order))
-            fastest = self._simulations.fastest(best, [best._replace(policy=policy) for policy in alike])
-            if fastest == best:
-                break
-            self._tried[fastest], best = self._tried[best], fastest
-        return best
-
-    def _try(self, solved: Solved) -> None:
-        for run, own in self._runs(solved):
-            self._add(run, own)
-
-    def _add(self, run: Run, solved: Solved) -> None:
-        if run not in self._tried:
-            self._tried[run] = solved
-            self._took[run] = self._simulations.seconds(run, solved.figures)
-
-    def _best_shapes(self) -> list[Solved]:
-        best = {self._tried[run].form: self._tried[run] for run in sorted(self._took, key=self._score)}
-        return list(best.values())[:_REORDERED]
+    def _try_solutions(self, top: int) -> None:
+        """Try the solutions of all programs, best first, until those that follow cannot be faster. If none fits, try
+        the smallest policy."""
+        for solved in self._programs.all():
+            if len(self._ranking) >= top:
+                slower = solved.seconds > self._ranking.least_seconds
+                if slower or self._simulations.laid_out > self._effort.cells:
+                    break
+            self._try(solved)
+        if not self._ranking:
+            self._ranking.add(*self._fitting.smallest())
 
     def _try_units(self) -> None:
         """Try the best shapes with whole layers, or with attention and MLPs apart if their layers are whole. The work
         of each lane is the same, so it does not show which of them overlaps better."""
-        for solved in self._best_shapes():
+        if not self._choices.joins_layers:
+            return
+        for solved in self._ranking.shapes()[:_REORDERED]:
             form = solved.form.replace(sep_layer=not solved.form.sep_layer)
             if other := self._programs.of(form, solved.order):
                 self._try(other)
@@ -276,104 +176,125 @@ class _Finder:
         """Try the best shapes in the other orders. The work of each lane does not show which order is fastest."""
         runs = [
             run
-            for solved in self._best_shapes()
+            for solved in self._ranking.shapes()[:_REORDERED]
             for run in self._programs.other_orders(solved.form, solved.order)
         ]
         others = [solved for run in runs if (solved := self._programs.of(*run))]
         until = self._simulations.laid_out + self._effort.order_cells
         for solved in by_seconds(others):
-            if solved.seconds < min(self._took.values()) and self._simulations.laid_out < until:
+            if solved.seconds < self._ranking.least_seconds and self._simulations.laid_out < until:
                 self._try(solved)
 
-    def _in_best_order(self, best: Run) -> Run:
-        """The policy, or an improved one in another order if that is better."""
-        solved = self._tried[best]
-        for run in self._programs.other_orders(*best):
-            if self._simulations.short(run):
-                continue
-            form = solved.form.replace(overlap=run.policy.overlap)
-            figures = self._programs.figures(form, run.order)
-            self._add(run, solved._replace(form=form, order=run.order, figures=figures))
-            if self._score(run) < self._score(best):
-                best = self._improved(run)
-        return best
+    def _contenders(self) -> list[Run]:
+        """The best runs, ranked by their predicted times for the whole model, and variants of them with other numbers
+        of places. If the effort allows only one, it is the best run of the ranking so far.
 
-    def _score(self, run: Run) -> float:
-        return self._took[run] * self._handicap(run)
+        Passes in which prompts enter lose time where they begin and end. This time does not depend on the number of
+        layers, so it is a larger share in a model of few layers.
+        """
+        some, laid_out = list[Run](), 0
+        for run in self._ranking:
+            laid_out += self._simulations.extent(run.policy).cells
+            if some and laid_out > self._effort.last_cells:
+                break
+            some.append(run)
+        if len(some) == 1:
+            return some
+        best = sorted(some, key=self._ranking.whole_score)[:_REFINED]
+        for solved in [self._ranking.program(run) for run in best]:
+            for form in self._choices.places(solved.form):
+                if other := self._programs.of(form, solved.order):
+                    some += self._try(other)
+        return sorted(some, key=self._ranking.whole_score)
 
-    def _whole(self, run: Run) -> float:
-        """As `_score`, for the whole model."""
-        return self._simulations.prediction(run).report.total_s * self._handicap(run)
+    def _kept(self, best: Run, contenders: list[Run], top: int) -> list[Run]:
+        """`best`, and the runs next to it that become candidates: at most `top`, and as many as the effort allows."""
+        others = [*contenders, *(run for run in self._ranking if run not in contenders)]
+        kept, laid_out = [best], self._simulations.extent(best.policy).cells
+        for run in others:
+            if run != best and len(kept) < top and (len(kept) < 2 or laid_out < self._effort.last_cells):
+                kept.append(run)
+                laid_out += self._simulations.extent(run.policy).cells
+        return kept
 
-    def _handicap(self, run: Run) -> float:
-        """The factor of a run's time in the ranking: above 1 if the order is not the policy's own."""
-        return 1.0 if run.order in (None, self._job.order) else 1 + _OWN_ORDER
+    # Improvements of the best runs
+
+    def _best_improved(self, leading: list[Run]) -> Run:
+        """The best of these runs, after each of them was improved."""
+        improved = [self._in_best_order(self._improved(run)) for run in leading]
+        if len(improved) == 1:
+            return improved[0]
+        # They were improved by simulations of a few layers, which are not exact.
+        return min([*improved, *leading], key=self._ranking.whole_score)
 
     def _improved(self, run: Run) -> Run:
         """The policy with shares moved between tiers while the simulated time improves.
 
         Fixed costs, whole rows and the free memory of tiers are not linear, so the program's solution is not optimal.
         """
-        simulations, solved, short = self._simulations, self._tried[run], self._short_in(run.order)
-        movable = () if "weights" in self._choices.fixed else self._choices.tiers
-        until, least = simulations.laid_out + self._effort.cells, self._took[run]
+        figures, until = self._ranking.program(run).figures, self._simulations.laid_out + self._effort.cells
+        best, seconds = run, self._ranking.seconds(run)
         for step in _STEPS:
-            better = True
-            while better and simulations.laid_out < until:
-                better = False
-                for policy in moves(run.policy, step, self._choices.tiers, self._choices.fixed):
-                    if simulations.laid_out >= until:
-                        break
-                    if (fitting := with_room(policy, movable, short)) is None:
-                        continue
-                    moved = run._replace(policy=fitting)
-                    took = simulations.seconds(moved, solved.figures)
-                    if took < least * (1 - 1e-4):
-                        run, least, better = moved, took, True
-                        break
-        self._tried[run], self._took[run] = solved, least
+            while faster := self._faster(best, seconds, figures, step, until):
+                best, seconds = faster
+        self._ranking.add_improved(best, run, seconds)
+        return best
+
+    def _faster(
+        self, run: Run, seconds: float, figures: Figures, step: float, until: int
+    ) -> tuple[Run, float] | None:
+        """The first run that is faster after one move of `step` percent, and its seconds; None if there is none, or
+        if `until` cells have been simulated before it is found.
+
+        seconds: those of `run`. figures: those of its form and order.
+        """
+        choices, short = self._choices, self._fitting.short_in(run.order)
+        movable = () if "weights" in choices.fixed else choices.tiers
+        for policy in moves(run.policy, step, choices.tiers, choices.fixed):
+            if self._simulations.laid_out >= until:
+                return None
+            if (fitting := with_room(policy, movable, short)) is None:
+                continue
+            moved = run._replace(policy=fitting)
+            took = self._simulations.seconds(moved, figures)
+            if took < seconds * (1 - _FASTER):
+                return moved, took
+        return None
+
+    def _in_best_order(self, best: Run) -> Run:
+        """The run, or an improved one in another order if that is better."""
+        program = self._ranking.program(best)
+        for run in self._programs.other_orders(*best):
+            if self._simulations.short(run):
+                continue
+            form = program.form.replace(overlap=run.policy.overlap)
+            figures = self._programs.figures(form, run.order)
+            self._ranking.add(run, program._replace(form=form, order=run.order, figures=figures))
+            if self._ranking.score(run) < self._ranking.score(best):
+                best = self._improved(run)
+        return best
+
+    def _with_fastest_variant(self, kept: list[Run]) -> list[Run]:
+        """These runs, with the fastest variant in the place of the best of them."""
+        best = min(kept, key=self._ranking.whole_score)
+        starts = [best]
+        if self._job.workload.copied > 1:  # a shape that is faster with guesses may be slower without them
+            starts += [run for run in self._ranking if run.policy != best.policy][:_REFINED]
+        fastest = min(map(self._fastest_variant, starts), key=self._ranking.whole_score)
+        return [fastest, *(run for run in kept if run not in (best, fastest))]
+
+    def _fastest_variant(self, run: Run) -> Run:
+        """The fastest of a run and its variants, then of this one and its variants, as long as it changes."""
+        for _ in range(_ROUNDS):
+            policies = self._choices.variants(run.policy, self._fitting.short_in(run.order))
+            fastest = self._simulations.fastest(run, [run._replace(policy=policy) for policy in policies])
+            if fastest == run:
+                break
+            self._ranking.add_variant(fastest, run)
+            run = fastest
         return run
 
     def _candidate(self, run: Run) -> Candidate:
-        prediction, solved = self._simulations.prediction(run), self._tried[run]
-        words = limits_in_words(run.policy, prediction, solved.figures, solved.solution, self._job)
+        prediction, program = self._simulations.prediction(run), self._ranking.program(run)
+        words = limits_in_words(run.policy, prediction, program.figures, program.solution, self._job)
         return Candidate(run.policy, prediction.report.order, prediction, words)
-
-    def _smallest(self) -> Solved:
-        """The smallest block, without overlap unless it is given, with the placement that exceeds the tiers least."""
-        form = next(self._choices.forms())
-        size, numbers = next(iter(self._choices.shapes(form).items()))
-        form = form.replace(gpu_batch_size=size, num_gpu_batches=numbers[0])
-        if "overlap" not in self._choices.fixed:
-            form = form.replace(overlap=False)
-        solved, short = self._programs.least_short(form), self._short_in(self._job.order)
-        figures, solution = solved.figures, solved.solution
-        # Split data needs buffers for each of its parts, so placements without a split need the fewest.
-        ways = [
-            [c for c in figures.columns if c.what == what]
-            for what in CLASSES
-            if what not in self._choices.fixed
-        ]
-        for way in itertools.product(*ways):
-            whole = Solution(
-                {**self._choices.given, **dict.fromkeys(way, 1.0)}, solution.seconds, solution.saved
-            )
-            if not short(self._choices.rounded(form, whole.shares)):
-                solution = whole
-        return solved._replace(solution=solution)
-
-    def _too_small(self, run: Run) -> CapacityError:
-        """The error with the shortage of the smallest policy."""
-        plan, short = self._simulations.plan(run)
-        weights_on_disk = plan.on(Tier.DISK, "weights")
-        limits: dict[Tier, int | None] = {tier: self._job.hardware.capacity.get(tier) for tier in Tier}
-        limits[Tier.DISK] = self._job.hardware.capacity[Tier.DISK] - weights_on_disk
-        missing = ", ".join(
-            f"{format_bytes(count)} of {tier}" for tier, count in zip(Tier, short, strict=True) if count > 0
-        )
-        return CapacityError(
-            f"no policy for {self._job.spec.name} fits {self._job.hardware.name}, which is short by {missing}: "
-            f"{plan.shortage(limits)}, with "
-            f"{run.policy.num_gpu_batches} x {run.policy.gpu_batch_size} prompts in flight. Use a smaller model, "
-            "shorter prompts, codecs (lossy), or a machine with more memory"
-        )

@@ -30,8 +30,6 @@ _FEW_LAYERS = 6
 """The transformer layers of the small model whose overlap represents that of deeper models."""
 _EXACT_CELLS = 3_000
 """Blocks with more cells than this are simulated for a small model and for some of the tokens."""
-
-
 _UNLIMITED = 1 << 62
 """The capacity of a tier without a limit, in bytes."""
 
@@ -41,6 +39,13 @@ class Run(NamedTuple):
 
     policy: Policy
     order: str | None = None
+
+
+class Extent(NamedTuple):
+    """The number of cells that a prediction simulates. exact: whether these are all."""
+
+    cells: int
+    exact: bool
 
 
 class Simulations:
@@ -74,26 +79,26 @@ class Simulations:
         """The tiers whose capacity the run exceeds."""
         return [tier for tier, count in zip(Tier, self.plan(run)[1], strict=True) if count > 0]
 
-    def cells(self, policy: Policy, small: bool = False) -> tuple[int, bool]:
-        """The number of cells that a prediction simulates, and whether these are all. `small`: of the small model."""
+    def extent(self, policy: Policy, small: bool = False) -> Extent:
+        """The extent of a prediction. `small`: of the small model."""
         layers = len(self._placements.layers(policy.sep_layer))
         if small:
             layers = min(layers, _FEW_LAYERS * (2 if policy.sep_layer else 1) + 2)
         if refills(self._job.workload, policy):
             cells = layers * turnover(self._job.workload, policy).timed
-            return cells, small or cells <= _EXACT_CELLS
+            return Extent(cells, small or cells <= _EXACT_CELLS)
         prompts = min(self._job.workload.group_sizes[0], policy.block_size)
         cells, gen_len = layers * -(-prompts // policy.gpu_batch_size), self._job.workload.gen_len
         parts = -Passes.of(self._job.workload, policy).first
         if cells * (parts + gen_len) <= _EXACT_CELLS:
-            return cells * (parts + gen_len), True
+            return Extent(cells * (parts + gen_len), True)
         tokens, _ = sampled_tokens(gen_len, 1, bool(policy.cache.percent(Tier.DISK)))
-        return cells * (parts + len(tokens)), False
+        return Extent(cells * (parts + len(tokens)), False)
 
     def prediction(self, run: Run, small: bool = False) -> Prediction:
         """The prediction of a run. `small`: of the small model, with unlimited memory. Raises as `predict` does."""
         if (run, small) not in self._predictions:
-            cells, exact = self.cells(run.policy, small)
+            cells, exact = self.extent(run.policy, small)
             self.laid_out += cells
             job, placements = self._small if small else (self._job, self._placements)
             job = replace(job, order=run.order)
@@ -111,7 +116,7 @@ class Simulations:
         A small workload is simulated. For a large one, the longest lanes by the `figures` of its form and order are
         multiplied by the simulated time of the small model over its bound, because overlap is not perfect.
         """
-        if (run, False) in self._predictions or self.cells(run.policy)[1]:
+        if (run, False) in self._predictions or self.extent(run.policy).exact:
             return self.prediction(run).report.total_s
         small = self.prediction(run, small=True).report
         phases = small.phases.values()

@@ -12,7 +12,6 @@ from flexgen import Policy
 from flexgen.layout.passes import Passes
 from flexgen.models import open_model
 from flexgen.predict.prediction import predict
-from flexgen.predict.refill import _Plane
 from flexgen.predict.refilled_passes import refilled_passes
 from flexgen.results.report import Stage
 from flexgen.workload import Workload
@@ -65,19 +64,6 @@ def test_attention_reads_only_the_cache_of_rows_that_get_a_token():
     assert [one.rows for one in decoding] == [(1, 3), (1, 3), (3,), (3,)]
     assert [one.attending for one in decoding] == [(1, 1), (1, 2), (2,), (1,)]
     assert [one.cached_tokens(5) for one in decoding] == [6, 2 * 7, 2 * 7, 7]
-
-
-def test_noise_of_passes_that_are_nearly_alike_is_not_extrapolated():
-    for at in ([(0, 0), (1000, 100), (999, 101)], [(0, 0), (100, 10), (10, 100)], [(5, 5)], [(0, 3), (9, 3)]):
-        plane = _Plane(at)
-        for point in at:
-            assert plane.shares(point).sum() == pytest.approx(1)
-            assert abs(plane.shares(point)).max() <= 1.001
-        least, most = np.min(at, axis=0), np.max(at, axis=0)
-        for corner in (least, most, (least[0], most[1]), (most[0], least[1])):
-            assert abs(plane.shares(corner)).max() < 2
-    exact = _Plane([(0, 0), (100, 10), (10, 100)])
-    assert exact.shares((110, 110)) @ [1.0, 2.0, 3.0] == pytest.approx(4.0)
 
 
 def test_rows_that_move_count_their_tokens():

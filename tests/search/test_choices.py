@@ -84,11 +84,25 @@ def test_the_rate_is_that_at_which_rows_end(machine: Any) -> None:
     assert choices.shaped(entering, 1, 2).prefill_rows == 1
     assert choices.shaped(Policy(), 8, 5).prefill_rows == 0
     assert choices.shaped(entering, 8, 40) and not choices.shaped(entering, 8, 41)  # two blocks, and less
-    assert [near.prefill_rows for near in choices.rates(Policy(prefill_rows=8))] == [6, 10, 12]
     assert not list(choices.rates(Policy()))
     given = _choices(machine(), Workload(40, 16, 640), prefill_rows=3)
     assert given.shaped(Policy(prefill_rows=3), 8, 5).prefill_rows == 3
     assert not list(given.rates(Policy(prefill_rows=3)))
+
+
+@pytest.mark.parametrize(("places", "rates"), [(16, [6, 10, 12]), (11, [6, 10, 11]), (10, [6, 10]), (8, [6])])
+def test_other_rates_are_at_most_the_number_of_places(places: int, rates: list[int], machine: Any) -> None:
+    """With a larger number, as many prompts enter, so a search would predict the same again."""
+    workload = Workload(40, 16, 64, mean_new=4)
+    choices, policy = _choices(machine(), workload), Policy(gpu_batch_size=places, prefill_rows=8)
+    assert [near.prefill_rows for near in choices.rates(policy)] == rates
+    spec, _ = open_model("opt-125m", "dummy")
+    full, more = (
+        predict(spec, policy.replace(prefill_rows=n, activations={"gpu": 100}), machine(), workload)
+        for n in (places, 2 * places)
+    )
+    assert full.report.total_s == more.report.total_s
+    assert full.plan.by_tier == more.plan.by_tier
 
 
 def test_rows_may_close_up_on_machines_without_a_link(machine: Any, host: Any) -> None:
