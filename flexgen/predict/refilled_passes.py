@@ -59,9 +59,13 @@ class RefilledPass:
         return sum(token <= 0 for token in self.tokens)
 
     @property
-    def kind(self) -> tuple[int, int, bool, bool]:
-        """Passes of one kind differ in the lengths of their rows, and little in the number of rows."""
-        return len(self.tokens), self.entering, self.begins, self.loaded
+    def kind(self) -> tuple[int, int, bool, bool, bool]:
+        """Passes of one kind differ in the lengths of their rows, and little in the number of rows.
+
+        While the pass before computed prompts, the first weights may have been loaded.
+        """
+        after_prompts = not self.begins and 1 in self.tokens
+        return len(self.tokens), self.entering, self.begins, self.loaded, after_prompts
 
     def cached_tokens(self, width: int) -> int:
         """The cached tokens that attention reads, for prompts of `width` tokens.

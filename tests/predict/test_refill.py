@@ -87,8 +87,10 @@ def test_every_token_has_a_pass(answers, size, batches, chunk):
     assert stages == sorted(stages, key=list(Stage).index)
 
 
-def test_without_early_ends_a_job_takes_as_long_as_its_blocks(opt, machine):
-    workload = Workload(16, 12, 64)
+@pytest.mark.parametrize("prompt_len", [16, 2_000])
+def test_without_early_ends_a_job_takes_as_long_as_its_blocks(opt, machine, prompt_len):
+    """Long prompts give the link time to load the first weights of the pass after them, but only of this one."""
+    workload = Workload(prompt_len, 12, 64)
     blocks = predict(opt, POLICY, machine(), workload).report
     refilled = predict(opt, POLICY, machine(), replace(workload, mean_new=12)).report
     assert refilled.total_s == pytest.approx(blocks.total_s, rel=0.02)
