@@ -175,7 +175,7 @@ def test_it_cannot_be_changed(machine):
         (dict(fixed={"cell": -1}), "fixed.cell is -1; it must be at least 0 seconds"),
         (
             dict(fixed={"cells": 1}),
-            "unknown key 'cells' in fixed; known: cell, attention, recording, recorded, joined, attend, split,",
+            "unknown key 'cells' in fixed; known: cell, attention, recorded, recording, joined, attend, split,",
         ),
         (dict(start={"disk_write": 1}), "unknown key 'disk_write' in start; known: disk_read, compute"),
         (dict(busy_start={"compute": -1}), "busy_start.compute is -1; it must be at least 0 seconds"),

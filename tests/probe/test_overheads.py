@@ -107,6 +107,14 @@ def test_on_the_cores_of_the_host_a_cell_with_attention_there_has_a_time_of_its_
     assert found == pytest.approx({"attend": attend, "split": split} if shares_cores else {"attend": attend})
 
 
+def test_what_empties_the_caches_reports_when_it_ran():
+    caches = overheads._Caches(4096)
+    for _ in range(3):
+        caches()
+    times = [time for both in caches.times for time in both]
+    assert len(times) == 6 and times == sorted(times)
+
+
 def computed(token, layer, seconds, op=Op.COMPUTE, batch=0):
     return Event(Step(op, token, layer, batch), LaneName.COMPUTE, 10.0 * token, 10.0 * token + seconds)
 
