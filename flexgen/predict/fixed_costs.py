@@ -12,7 +12,7 @@ from flexgen.predict.placed import PlacedModel
 from flexgen.workload import Workload
 
 _RECORDED_IN = 1
-"""The pass that records cells. Later passes repeat them."""
+"""The pass that records cells. It and later passes repeat them."""
 
 
 class FixedCosts:
@@ -27,7 +27,9 @@ class FixedCosts:
     ) -> None:
         self._fixed = fixed = model.hardware.fixed
         self._model = model
-        self._shares: dict[int, float] = {}  # of the cells of equal layers, those that are repeated
+        # Of the cells of equal layers, the shares that are recorded, and that are repeated.
+        self._recorded: dict[int, float] = {}
+        self._repeated: dict[int, float] = {}
         passes, topology = Passes.of(workload, policy), model.hardware.topology
         # Rows that end early leave rows of different lengths, whose cells are not recorded.
         differ = workload.mean_new is not None or policy.prefill_rows
@@ -37,11 +39,12 @@ class FixedCosts:
         layers = recordable(model.layers, model.placement, policy, passes, topology)
         dtype = model.placement.dtype
         nbytes = sum(kept_bytes(model.layers, layers, rows, dtype) for rows in sizes)
-        share = min(MOST_BYTES / nbytes, 1.0) if nbytes else 0.0
+        kept = min(MOST_BYTES / nbytes, 1.0) if nbytes else 0.0
         kinds = model.alike.cells
         for kind in set(kinds):
             equal = [j for j, other in enumerate(kinds) if other == kind]
-            self._shares[kind] = share * len(set(equal) & set(layers)) / len(equal)
+            self._recorded[kind] = len(set(equal) & set(layers)) / len(equal)
+            self._repeated[kind] = kept * self._recorded[kind]
         hidden = hidden_layout(model.layers[0].spec, policy, sizes[0], dtype, topology)
         moves = gathers_rows or hidden.away or any(layout.runs for layout in model.layouts)
         alone = len(sizes) == 1 and len(layers) == len(model.layers) - 1 and not moves and not policy.guess
@@ -51,8 +54,14 @@ class FixedCosts:
         """The fixed seconds of a cell. index: the first of the equal layers."""
         layer, fixed = self._model.layers[index], self._fixed
         computed = fixed.cell + (fixed.attention if layer.has_cache else 0.0)
-        share = self._shares.get(index, 0.0) if token > _RECORDED_IN else 0.0
-        return (1 - share) * computed + share * self._each
+        share = self._repeated.get(index, 0.0)
+        if token < _RECORDED_IN or not share:
+            return computed
+        if token == _RECORDED_IN:
+            of_tapes = share * fixed.recorded + self._recorded[index] * fixed.recording
+        else:
+            of_tapes = share * self._each
+        return (1 - share) * computed + of_tapes
 
     @property
     def before_attention(self) -> float:

@@ -24,6 +24,7 @@ from flexgen.memory.machine import PINNED_SHARE
 from flexgen.policy import CODECS, Tier
 from flexgen.predict import checks
 from flexgen.predict.checks import Points
+from flexgen.predict.fixed import Fixed
 from flexgen.results.trace import LaneName, Phase
 
 PRESETS = Path(__file__).with_name("hardware.toml")
@@ -31,40 +32,8 @@ PRESETS = Path(__file__).with_name("hardware.toml")
 _LINK = (LaneName.TO_DEVICE, LaneName.FROM_DEVICE)
 _DISK = (LaneName.DISK_READ, LaneName.DISK_WRITE)
 _HOST = (LaneName.HOST,)
+_STARTED = (LaneName.DISK_READ, LaneName.COMPUTE)
 _DTYPES = ("float32", "float16", "bfloat16")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fixed:
-    """Seconds in addition to the time of bytes and flops.
-
-    cell: for each cell that the code of a layer computes.
-    attention: for each such cell with attention, in addition to `cell`.
-    recorded: for each cell of the decode that a CPU repeats from a tape, instead of both. 0 if it repeats none.
-    joined: the same if one call repeats it after the cell of the previous layer.
-    attend: for each batch and layer for which the host computes attention, in addition to its bytes.
-    split: for each cell whose attention is a step of its own, on the compute device, instead of `cell` and
-        `attention`. 0 if it takes as long.
-    encoded: for each cell of the decode that encodes new keys and values, in addition.
-    ids: for each batch whose new ids are stored; 0 if it takes as long as a `stage`.
-    stage: for each stage of a transfer.
-    disk_job: for each job of the disk.
-    disk_start: in addition, for each read that finds the disk idle. Other reads start before the previous one ends.
-    disk_start_busy: the same while the compute device works. It applies if it is larger.
-    """
-
-    cell: float = 0.0
-    attention: float = 0.0
-    recorded: float = 0.0
-    joined: float = 0.0
-    attend: float = 0.0
-    split: float = 0.0
-    encoded: float = 0.0
-    ids: float = 0.0
-    stage: float = 0.0
-    disk_job: float = 0.0
-    disk_start: float = 0.0
-    disk_start_busy: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +70,10 @@ class Hardware:
         they share cores, memory or a disk.
     prefill_interference: the same in the prefill, for pairs that lose another share there. Products with many rows
         are limited by the cores, those of the decode by memory.
+    start: by lane, the seconds that a job needs in addition if its lane is idle. `disk_read`: for a read, if no other
+        read is in flight. `compute`: for a computation, if the thread that issues the steps also computes, and has
+        waited for data; at most the time of this wait.
+    busy_start: the same while other lanes work. It applies if it is larger.
     computes_in: by the dtype of a checkpoint, the dtype that "auto" selects, if it differs.
     shares_cores: whether a compute device with its own memory computes on the host's cores, as an emulated one does.
     products_decode: whether each product decodes its matrix. This engine's products do not: with few rows they use
@@ -129,6 +102,8 @@ class Hardware:
     around_attention: Mapping[str, float] = field(default_factory=dict)
     interference: Mapping[str, float] = field(default_factory=dict)
     prefill_interference: Mapping[str, float] = field(default_factory=dict)
+    start: Mapping[LaneName, float] = field(default_factory=dict)
+    busy_start: Mapping[LaneName, float] = field(default_factory=dict)
     computes_in: Mapping[str, str] = field(default_factory=dict)
     shares_cores: bool = False
     products_decode: bool = False
@@ -177,6 +152,8 @@ class Hardware:
         pairs = [f"{lane} {other}" for lane in LaneName for other in LaneName if lane is not other]
         for name in ("interference", "prefill_interference"):
             put(name, checks.table(name, getattr(self, name), checks.lost, known=pairs))
+        for name in ("start", "busy_start"):
+            put(name, checks.table(name, getattr(self, name), checks.seconds, known=_STARTED))
         put("computes_in", checks.table("computes_in", self.computes_in, self._dtype, known=_DTYPES))
         for name in ("shares_cores", "products_decode"):
             if not isinstance(flag := getattr(self, name), bool):
@@ -196,9 +173,10 @@ class Hardware:
         return self.shares_cores or self.topology.shares_host_memory
 
     def startup(self, serial: bool) -> dict[LaneName, float]:
-        """By lane, the seconds that a job needs to start. serial: whether lanes never work at the same time."""
-        start = self.fixed.disk_start if serial else max(self.fixed.disk_start, self.fixed.disk_start_busy)
-        return {LaneName.DISK_READ: start} if start else {}
+        """By lane, the seconds of `start`. serial: whether lanes never work at the same time."""
+        busy = {} if serial else self.busy_start
+        starts = {lane: max(self.start.get(lane, 0.0), busy.get(lane, 0.0)) for lane in _STARTED}
+        return {lane: seconds for lane, seconds in starts.items() if seconds}
 
     @property
     def losses(self) -> dict[Phase, dict[tuple[LaneName, LaneName], float]]:

@@ -18,7 +18,8 @@ from flexgen.layout.prefix import grouped, prefix_policy, prefix_slots, prefix_w
 from flexgen.models import Layer, ModelSpec
 from flexgen.policy import Policy, Tier
 from flexgen.predict.costs import CostedBlock, StepCosts
-from flexgen.predict.hardware import Fixed, Hardware
+from flexgen.predict.fixed import Fixed
+from flexgen.predict.hardware import Hardware
 from flexgen.predict.job import Job
 from flexgen.predict.numbering import numbered
 from flexgen.predict.placed import PlacedModel, Placements

@@ -143,11 +143,14 @@ def play(
     inline: whether the thread that issues the steps also computes. Then no step begins before the computations that
         were issued earlier have ended, even if its lane is free and it needs none of them.
     startup: by lane, the seconds that a stage needs to start, from the time when it is ready. During this time, the
-        lane may still work on the previous stage.
+        lane may still work on the previous stage. For the computation of an `inline` device, it applies if the thread
+        has waited for the needs of the step, and is at most as long as this wait. Other devices have none.
     """
     free = dict.fromkeys(LaneName, 0.0)
     factor = repeat(1.0) if factors is None else iter(factors)
     issuing = LaneName.COMPUTE if inline else None
+    wakes = startup.get(LaneName.COMPUTE, 0.0)
+    startup = {lane: seconds for lane, seconds in startup.items() if lane is not LaneName.COMPUTE}
     issued = 0.0
     done: list[float] = []
     starts: list[float] = []
@@ -157,7 +160,7 @@ def play(
         for n in needed:
             if done[n] > ready:
                 ready = done[n]
-        end = ready
+        end, waited = ready, ready - issued
         for chain in work:
             time = ready
             for lane, seconds in chain:
@@ -165,6 +168,9 @@ def play(
                 starts.append(start)
                 if lane in startup:
                     start = max(start, time + startup[lane])
+                elif lane is issuing:
+                    start += min(wakes, waited)
+                    waited = 0.0
                 time = start + seconds * next(factor)
                 free[lane] = time
                 ends.append(time)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,8 +29,8 @@ _IN_A_ROW = 16
 """The number of reads in a row. A read that finds the disk idle is compared with their mean time."""
 _MOVED = 4
 """The number of reads in a row that are one unit of work of `mover`."""
-_PAUSE = 3e-3
-"""Seconds without reads, after which the threads sleep."""
+_WAITS = 32
+"""The number of waits from which the start of a computation is measured."""
 _HEADS, _PAGE_TOKENS, _WIDTH = 8, 128, 64
 _ROW_BYTES = 2 * _HEADS * _PAGE_TOKENS * _WIDTH * torch.float16.itemsize
 """The bytes of one row's keys and values in a page."""
@@ -127,7 +126,10 @@ class LinkProbe:
         return move
 
     def start_of_read(
-        self, together: Callable[[Callable[[], float]], Sequence[float]], lost: float = 0.0
+        self,
+        together: Callable[[Callable[[], float]], Sequence[float]],
+        before: Callable[[], object],
+        lost: float = 0.0,
     ) -> float:
         """The additional seconds of a read that finds the disk idle, compared with one of several reads in a row.
 
@@ -135,6 +137,7 @@ class LinkProbe:
         previous read ends.
 
         together: calls the given function a few times and returns its results. Other work may run at the same time.
+        before: runs before each read, long enough that these threads sleep.
         lost: the share of its rate that the disk loses through this work.
         """
         made, numbers = self.jobs(LaneName.DISK_READ, self._start_bytes), itertools.count()
@@ -142,12 +145,36 @@ class LinkProbe:
         in_a_row = self._watch.seconds(lambda: self._run(row)) / _IN_A_ROW
 
         def read() -> float:
-            time.sleep(_PAUSE)
+            before()
             began = self._watch.clock()
             self._run([(LaneName.DISK_READ, made(next(numbers)), ())])
             return self._watch.clock() - began
 
         return max(statistics.mean(together(read)) - in_a_row / (1 - lost), 0.0)
+
+    def start_of_computation(self, compute: Callable[[], object], in_flight: int) -> float:
+        """The additional seconds of a computation after a wait for a read, compared with the one after it.
+
+        During the wait, the threads of the computation sleep, and its code may leave the caches.
+
+        compute: a computation; it returns at its end. in_flight: the number of further reads that are in flight then.
+        """
+        made, numbers = self.jobs(LaneName.DISK_READ), itertools.count()
+        lane = self._lanes[LaneName.DISK_READ]
+
+        def seconds() -> float:
+            began = self._watch.clock()
+            compute()
+            return self._watch.clock() - began
+
+        compute()
+        later = []
+        for _ in range(_WAITS):
+            first, *others = [lane.submit(made(next(numbers)), (), _STEP) for _ in range(1 + in_flight)]
+            first.wait()
+            later.append(seconds() - seconds())
+            self._wait(others)
+        return max(statistics.mean(later), 0.0)
 
     def _place(self, n: int) -> int:
         return n % self._pieces * self.transfer

@@ -23,7 +23,8 @@ from flexgen.memory.device import ComputeDevice
 from flexgen.memory.lanes import Lanes
 from flexgen.memory.machine import Machine
 from flexgen.policy import Tier
-from flexgen.predict.hardware import Fixed, Hardware
+from flexgen.predict.fixed import Fixed
+from flexgen.predict.hardware import Hardware
 from flexgen.probe.arithmetic import ArithmeticProbe
 from flexgen.probe.effort import FULL, Clock, Effort, Stopwatch, on_gpu
 from flexgen.probe.elementwise import ElementwiseProbe
@@ -51,6 +52,10 @@ _OTHER_ROWS = {Phase.DECODE: ("interference", 16), Phase.PREFILL: ("prefill_inte
 is limited by memory bandwidth and cores, one with many rows by the cores."""
 _STARTS = 32
 """The number of reads from which the start of a read is measured."""
+_PAUSE = 3e-3
+"""Seconds without reads, after which the threads of the disk sleep."""
+_IN_FLIGHT = 3
+"""The number of reads in flight while a computation starts."""
 _NOISE = 0.03
 """Shares up to this one are noise between two measurements."""
 
@@ -254,6 +259,7 @@ class _Measurement:
             if str(dtype) != f"torch.{name}"
         }
         yield "lanes together", self._find_interference
+        yield "starts", self._find_starts
 
     def _dtypes(self) -> list[torch.dtype]:
         if self._device.torch_device.type == "cuda" and not torch.cuda.is_bf16_supported():
@@ -322,7 +328,6 @@ class _Measurement:
         links = (LaneName.HOST,) if shared else (LaneName.TO_DEVICE, LaneName.FROM_DEVICE)
         self._fixed["stage"] = self._links.latency(links)
         self._fixed["disk_job"] = self._links.latency((LaneName.DISK_READ,))
-        self._fixed["disk_start"] = self._links.start_of_read(lambda read: [read() for _ in range(_STARTS)])
         device = self._device
         dtype = device.fast_dtype(torch.float16)
         probe = ArithmeticProbe(device, dtype, self._effort, self._watch)
@@ -344,14 +349,8 @@ class _Measurement:
         for lane in lanes:
             others[lane] = self._links.mover(lane)
         for phase, (table, rows) in _OTHER_ROWS.items():
-            enqueue = probe.multiplying(rows)
-
-            def multiply(enqueue: Callable[[], object] = enqueue) -> None:
-                enqueue()
-                device.wait_for_compute()
-
             # Compute is first: the other lane runs until the last product ends, which may take most of the time.
-            work = {LaneName.COMPUTE: multiply, **others}
+            work = {LaneName.COMPUTE: self._multiplying(probe, rows), **others}
             found = self._figures.setdefault(table, {})
             for one, other in itertools.combinations(work, 2):
                 if phase is Phase.PREFILL and LaneName.COMPUTE not in (one, other):
@@ -359,8 +358,33 @@ class _Measurement:
                 lost = lost_shares(work[one], work[other], self._effort.sampling.together, self._clock)
                 for lane, other_lane, share in ((one, other, lost[0]), (other, one, lost[1])):
                     found[f"{lane} {other_lane}"] = share if share > _NOISE else 0.0
-            if phase is Phase.DECODE:
-                together = partial(meanwhile, multiply, count=_STARTS)
-                start = self._links.start_of_read(together, found["disk_read compute"])
-                self._fixed["disk_start_busy"] = start
         probe.release()
+
+    def _find_starts(self) -> None:
+        """Measure the starts of reads and of computations, each without other work and while another lane works."""
+        device, links = self._device, self._links
+        probe = ArithmeticProbe(device, device.fast_dtype(torch.float16), self._effort, self._watch)
+        _, rows = _OTHER_ROWS[Phase.DECODE]
+        several, one = (self._multiplying(probe, each) for each in (rows, 1))
+        together = partial(meanwhile, several, count=_STARTS)
+        lost = self._figures["interference"]["disk_read compute"]
+        # In a serial order, a read follows a computation, whose threads do not sleep at once.
+        alone = {
+            LaneName.DISK_READ: links.start_of_read(lambda read: [read() for _ in range(_STARTS)], several)
+        }
+        busy = {LaneName.DISK_READ: links.start_of_read(together, partial(time.sleep, _PAUSE), lost)}
+        if device.shares_host_memory or device.shares_cores:  # its thread waits for reads
+            alone[LaneName.COMPUTE] = links.start_of_computation(one, 0)
+            busy[LaneName.COMPUTE] = links.start_of_computation(one, _IN_FLIGHT)
+        self._figures |= {"start": alone, "busy_start": busy}
+        probe.release()
+
+    def _multiplying(self, probe: ArithmeticProbe, rows: int) -> Callable[[], None]:
+        """A product of `rows` rows on the device, until its end."""
+        enqueue = probe.multiplying(rows)
+
+        def multiply() -> None:
+            enqueue()
+            self._device.wait_for_compute()
+
+        return multiply

@@ -35,7 +35,7 @@ THIS = ("measured", "this")
 KIND = "hardware"
 """The folder of measurements in the user's cache."""
 
-_FORM = 10
+_FORM = 11
 """Increase it when a figure is added or changes its meaning, so that older measurements are repeated."""
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, pairwise
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -27,11 +29,15 @@ from flexgen.runtime.choice import Sampled
 from flexgen.runtime.model import Model
 from flexgen.runtime.tokens import NewTokens
 from flexgen.schedule.steps import Op
+from flexgen.units import MIB
 from flexgen.workload import Workload
 
 _HIDDEN, _HEAD_DIM, _GROUP, _PROMPT = 64, 16, 2, 16
-_WIDE_HEAD_DIM = 64
 _RUNS = 3
+_COLD_TOKENS = 10
+"""The most tokens of a run that empties the caches before each step."""
+_CACHES = 64 * MIB
+"""Bytes whose reading empties the caches of a processor."""
 _LEAST = 1e-7
 """Seconds. Times below are noise; 0 would mean that the device has no tapes."""
 _POLICY = Policy(gpu_batch_size=2, num_gpu_batches=2)
@@ -41,10 +47,19 @@ _ON_HOST = _POLICY.replace(num_gpu_batches=4, cache={Tier.CPU: Share(100)})
 
 
 class _Took(NamedTuple):
-    """Median seconds of the decode of a model: of a pass, of a layer's attention, of its feed-forward half, of
-    storing new ids, and of attention on the host (0 if there is none)."""
+    """Median seconds of the decode of a model.
+
+    each: a pass.
+    outside: a pass without its computations, divided by its cells.
+    first: the first pass, in which tapes are recorded.
+    attention, mlp: the first batch of a layer's attention, and of its feed-forward half.
+    ids: the storing of new ids.
+    attend: attention on the host; 0 if there is none.
+    """
 
     each: float
+    outside: float
+    first: float
     attention: float
     mlp: float
     ids: float
@@ -61,29 +76,29 @@ def cell_seconds(
     All data is in device memory. Attention and the feed-forward half are separate cells. Attention has rotary
     positions and fewer key heads than query heads, like most families: its cells have many small operations.
 
-    With tapes, the device is a CPU. There the weights of a wide model are more than the caches hold. While they pass
-    through the caches, the code of a cell leaves them, so that it takes two to three times as long as with a narrow
-    model. The time of the kernels is that of the same model in one call for all layers.
+    With tapes, the device is a CPU. There the weights of a layer are more than the caches hold. While they pass
+    through the caches, the code of a cell and of the executor leaves them, so that it takes two to three times as
+    long as otherwise. The kernels of a model with such weights would take much longer than its code, and their time
+    changes. So the model is a small one, and the caches are emptied before each step.
     """
-    narrow = _SmallModel(machine, lanes, dtype, effort.layers, _HIDDEN)
-    if not tapes:  # the kernels of the narrow model take no time
-        took = narrow.took(2, effort.tokens)
+    model = _SmallModel(machine, lanes, dtype, effort.layers)
+    if not tapes:
+        took = model.took(2, effort.tokens)
         more = max(took.attention - took.mlp, 0.0)
-        return {"cell": took.each / narrow.cells(2) - more * narrow.attending, "attention": more}
-    hidden = max(effort.hidden // 2, _HIDDEN)
-    wide = _SmallModel(machine, lanes, dtype, effort.layers, hidden)
+        return {"cell": took.each / model.cells(2) - more * model.attending, "attention": more}
+    caches = _Caches(min(_CACHES, effort.working_set))
     few = min(MIN_TOKENS, effort.tokens)  # runs of few tokens have no tapes
-    computed, joined = wide.took(1, few), wide.took(1, effort.tokens)
-    mlp = max(computed.mlp - joined.mlp, 0.0)
-    encoded = _SmallModel(machine, lanes, dtype, effort.layers, hidden, _ENCODED).took(1, few)
-    least = narrow.took(1, effort.tokens)
-    recorded = max(narrow.took(2, effort.tokens).each / narrow.cells(2), _LEAST)
+    computed = model.took(1, few, caches)
+    encoding = _SmallModel(machine, lanes, dtype, effort.layers, _ENCODED).took(1, few, caches)
+    repeated = model.took(2, min(_COLD_TOKENS, effort.tokens), caches)  # each cell by itself
+    joined = model.took(1, effort.tokens)  # one call for all layers, which runs no other code
     return {
-        "cell": recorded + mlp,  # the first is the time of the executor
-        "attention": max(computed.attention - joined.attention - mlp, 0.0),
-        "recorded": recorded,
-        "joined": max((least.attention + least.mlp) / 2, _LEAST),
-        "encoded": max(encoded.attention - computed.attention, 0.0),
+        "cell": repeated.outside + computed.mlp,
+        "attention": max(computed.attention - computed.mlp, 0.0),
+        "recorded": max(repeated.outside + (repeated.attention + repeated.mlp) / 2, _LEAST),
+        "recording": max(repeated.first - repeated.each, 0.0) / (model.cells(2) - 2),  # not of the embedding
+        "joined": max((joined.attention + joined.mlp) / 2, _LEAST),
+        "encoded": max(encoding.attention - computed.attention, 0.0),
         "ids": computed.ids,
     }
 
@@ -99,13 +114,26 @@ def host_attention_seconds(
     one. If the device computes on the host's cores, all of them compete for these and for Python's lock, so that a
     cell takes several times as long as alone.
     """
-    model, batches = _SmallModel(machine, lanes, dtype, effort.layers, _HIDDEN, _ON_HOST), 4
+    model, batches = _SmallModel(machine, lanes, dtype, effort.layers, _ON_HOST), 4
     took = model.took(batches, effort.tokens)
     found = {"attend": took.attend}
     if machine.device.shares_cores:
         share = model.attending
         found["split"] = max(took.each / model.cells(batches) - (1 - share) * cell, 0.0) / share
     return found
+
+
+class _Caches:
+    """Empties the caches of the processor when it is called. `times`: the beginning and the end of each call."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._data = torch.zeros(nbytes // torch.float32.itemsize)
+        self.times: list[tuple[float, float]] = []
+
+    def __call__(self) -> None:
+        began = time.perf_counter()
+        self._data.sum()
+        self.times.append((began, time.perf_counter()))
 
 
 class _SmallModel:
@@ -117,18 +145,17 @@ class _SmallModel:
         lanes: Lanes,
         dtype: torch.dtype,
         num_layers: int,
-        hidden: int,
         policy: Policy = _POLICY,
     ) -> None:
         from transformers import LlamaConfig  # takes seconds to import, and few processes measure
 
-        heads = hidden // (_HEAD_DIM if hidden == _HIDDEN else _WIDE_HEAD_DIM)
+        heads = _HIDDEN // _HEAD_DIM
         config = LlamaConfig(
-            hidden_size=hidden,
-            intermediate_size=4 * hidden,
+            hidden_size=_HIDDEN,
+            intermediate_size=4 * _HIDDEN,
             vocab_size=256,
             num_attention_heads=heads,
-            num_key_value_heads=max(heads // _GROUP, 1),
+            num_key_value_heads=heads // _GROUP,
             num_hidden_layers=num_layers,
         )
         spec, checkpoint = open_model(config, "dummy")
@@ -155,43 +182,97 @@ class _SmallModel:
         """The cells of a pass."""
         return len(self._layers) * batches
 
-    def took(self, batches: int, tokens: int) -> _Took:
-        """The times of runs of `tokens` tokens, of passes in which nothing is recorded."""
-        runs = [self._events(batches, tokens) for _ in range(1 + _RUNS)][1:]
-        events = list(chain.from_iterable(runs))
+    def took(self, batches: int, tokens: int, before: _Caches | None = None) -> _Took:
+        """The times of runs of `tokens` tokens. The first run is not counted. `before`: called before each step."""
+        runs = [self._decode(batches, tokens, before) for _ in range(1 + _RUNS)][1:]
         return _Took(
-            statistics.median(chain.from_iterable(map(self._passes, runs))),
-            statistics.median(self._computed(events, True)),
-            statistics.median(self._computed(events, False)),
-            _median(event.end - event.start for event in events if event.step.op is Op.STORE_HIDDEN),
-            _median(event.end - event.start for event in events if event.step.op is Op.ATTEND),
+            each=_median(runs, _Decode.passes),
+            outside=_median(runs, _Decode.outside),
+            first=_median(runs, _Decode.first),
+            attention=_median(runs, lambda run: run.computed(True)),
+            mlp=_median(runs, lambda run: run.computed(False)),
+            ids=_median(runs, lambda run: run.of(Op.STORE_HIDDEN)),
+            attend=_median(runs, lambda run: run.of(Op.ATTEND)),
         )
 
-    def _events(self, batches: int, tokens: int) -> Sequence[Event]:
+    def _decode(self, batches: int, tokens: int, before: _Caches | None) -> _Decode:
         workload = Workload(_PROMPT, tokens, batches * self._model.policy.gpu_batch_size)
-        with torch.inference_mode(), (call := Call(self._model, workload, 0)), call:
+        if before is not None:
+            before.times.clear()
+        with torch.inference_mode(), (call := Call(self._model, workload, 0, before)), call:
+            began = time.perf_counter()  # the times of events are relative to the preparation
             prompts = call.prepare(list(self._ids[: workload.num_prompts]))
             call.run(prompts, tokens, NewTokens(prompts, tokens, Sampled()))
-            return list(call.timing.trace.events)
+            others = [(start - began, end - began) for start, end in before.times] if before else []
+            cached = [layer.has_cache for layer in self._layers]
+            return _Decode(list(call.timing.trace.events), cached, others)
 
-    def _passes(self, events: Sequence[Event]) -> list[float]:
-        """The seconds of the passes after the one that records."""
-        ends: dict[int, float] = {}
+
+class _Decode:
+    """The times of the passes of a run after its prefill.
+
+    cached: for each layer, whether it has attention. others: the beginning and the end of all that is not counted.
+    """
+
+    def __init__(
+        self, events: Sequence[Event], cached: Sequence[bool], others: Sequence[tuple[float, float]] = ()
+    ) -> None:
+        self._events = events
+        self._cached = cached
+        self._others = others
+        self._ends: dict[int, float] = {}  # by pass
         for event in events:
             op, token, layer, _ = event.step
-            if op is Op.STORE_HIDDEN and layer == len(self._layers) - 1:
-                ends[token] = max(ends.get(token, 0.0), event.end)
-        seconds = [after - before for before, after in pairwise(ends[token] for token in sorted(ends))]
-        return seconds[1:] or seconds
+            if op is Op.STORE_HIDDEN and layer == len(cached) - 1:
+                self._ends[token] = max(self._ends.get(token, 0.0), event.end)
 
-    def _computed(self, events: Sequence[Event], cached: bool) -> Iterator[float]:
-        """The seconds of the cells with attention (`cached`), or of the feed-forward cells, in these passes."""
-        for event in events:
-            op, token, layer, _ = event.step
-            inner = 0 < layer < len(self._layers) - 1
-            if op is Op.COMPUTE and token > 1 and inner and self._layers[layer].has_cache == cached:
-                yield event.end - event.start
+    @property
+    def _later(self) -> list[int]:
+        """The passes after the one that records tapes."""
+        after = sorted(self._ends)[1:]
+        return after[1:] or after
+
+    def _seconds(self, token: int) -> float:
+        """The seconds of a pass."""
+        begin, end = self._ends[token - 1], self._ends[token]
+        return end - begin - sum(after - before for before, after in self._others if begin <= before < end)
+
+    def passes(self) -> list[float]:
+        """The seconds of the passes after the one that records tapes."""
+        return list(map(self._seconds, self._later))
+
+    def first(self) -> list[float]:
+        """The seconds of the first pass."""
+        return [self._seconds(1)] if 1 in self._ends else []
+
+    def outside(self) -> list[float]:
+        """The seconds of `passes` in which nothing is computed, divided by the number of cells."""
+        busy, cells = Counter[int](), Counter[int]()
+        for event in self._events:
+            busy[event.step.token] += event.end - event.start
+            cells[event.step.token] += event.step.op is Op.COMPUTE
+        return [max(self._seconds(token) - busy[token], 0.0) / max(cells[token], 1) for token in self._later]
+
+    def computed(self, cached: bool) -> list[float]:
+        """The seconds of the first batch in these passes in the layers with attention (`cached`), or in the others,
+        except for the embedding and the head."""
+        passes = set(self._later)
+        return [
+            event.end - event.start
+            for event in self._events
+            if event.step.op is Op.COMPUTE
+            and event.step.token in passes
+            and event.step.batch == 0
+            and 0 < event.step.layer < len(self._cached) - 1
+            and self._cached[event.step.layer] == cached
+        ]
+
+    def of(self, op: Op) -> list[float]:
+        """The seconds of the jobs of an operation, in all passes."""
+        return [event.end - event.start for event in self._events if event.step.op is op]
 
 
-def _median(seconds: Iterable[float]) -> float:
-    return statistics.median(found) if (found := list(seconds)) else 0.0
+def _median(runs: Sequence[_Decode], values: Callable[[_Decode], Iterable[float]]) -> float:
+    """The median over all values of the runs; 0 if there are none."""
+    found = list(chain.from_iterable(map(values, runs)))
+    return statistics.median(found) if found else 0.0

@@ -117,6 +117,8 @@ def corrected(hardware: Hardware, seen: Iterable[Seen]) -> Hardware:
             for dtype, points in hardware.elementwise.items()
         },
         around_attention=_times(hardware.around_attention, dtypes, 1 / rate(LaneName.COMPUTE)),
+        start={lane: seconds / rate(lane) for lane, seconds in hardware.start.items()},
+        busy_start={lane: seconds / rate(lane) for lane, seconds in hardware.busy_start.items()},
         decoding={
             key: n * (rate(LaneName.COMPUTE) if key.split()[-1] in codecs else 1)
             for key, n in hardware.decoding.items()
@@ -125,6 +127,7 @@ def corrected(hardware: Hardware, seen: Iterable[Seen]) -> Hardware:
             fixed,
             cell=fixed.cell / decode,
             attention=fixed.attention / decode,
+            recording=fixed.recording / decode,
             recorded=fixed.recorded / decode,
             joined=fixed.joined / decode,
             attend=fixed.attend / host,
@@ -133,8 +136,6 @@ def corrected(hardware: Hardware, seen: Iterable[Seen]) -> Hardware:
             ids=fixed.ids / decode,
             stage=fixed.stage / rate(LaneName.TO_DEVICE),
             disk_job=fixed.disk_job / rate(LaneName.DISK_READ),
-            disk_start=fixed.disk_start / rate(LaneName.DISK_READ),
-            disk_start_busy=fixed.disk_start_busy / rate(LaneName.DISK_READ),
         ),
     )
 

@@ -12,8 +12,8 @@ from flexgen.predict.placed import PlacedModel
 from flexgen.predict.prediction import predict
 from flexgen.workload import Workload
 
-CELL, ATTENTION, RECORDED, JOINED = 16.0, 4.0, 2.0, 1.0
-FIXED = dict(cell=CELL, attention=ATTENTION, recorded=RECORDED, joined=JOINED)
+CELL, ATTENTION, RECORDING, RECORDED, JOINED = 16.0, 4.0, 8.0, 2.0, 1.0
+FIXED = dict(cell=CELL, attention=ATTENTION, recording=RECORDING, recorded=RECORDED, joined=JOINED)
 IN_PLACE = {name: {"cpu": 100} for name in ("weights", "cache", "activations")}
 EMBED, ATTENDS, MLP, HEAD = 0, 1, 2, 5
 """Layers of the model: an embedding, two attentions and MLPs, and a head."""
@@ -40,9 +40,14 @@ def computed(found):
     return [found[j] for j in (EMBED, ATTENDS, MLP, HEAD)]
 
 
-def test_the_prompt_and_the_pass_that_records_are_computed(seconds):
-    for token in (0, 1):
-        assert computed(seconds(token)) == [CELL, CELL + ATTENTION, CELL, CELL]
+def test_the_prompt_is_computed(seconds):
+    assert computed(seconds(0)) == [CELL, CELL + ATTENTION, CELL, CELL]
+
+
+def test_the_first_pass_of_the_decode_records_cells_and_repeats_each_by_itself(seconds):
+    both = RECORDED + RECORDING
+    assert computed(seconds(1)) == [CELL, both, both, both]
+    assert computed(seconds(1, cache={"disk": 100})) == [CELL, CELL + ATTENTION, both, both]
 
 
 def test_if_nothing_moves_one_call_repeats_all_layers(seconds):
@@ -71,12 +76,16 @@ def test_cells_whose_data_moves_are_computed(seconds):
     ids=["a device without tapes", "few tokens", "rows that end early", "weights on disk"],
 )
 def test_runs_without_tapes(seconds, changes):
-    assert computed(seconds(2, **changes)) == [CELL, CELL + ATTENTION, CELL, CELL]
+    for token in (1, 2):
+        assert computed(seconds(token, **changes)) == [CELL, CELL + ATTENTION, CELL, CELL]
 
 
 def test_beyond_the_memory_of_tapes_cells_are_computed(seconds, monkeypatch):
     monkeypatch.setattr("flexgen.predict.fixed_costs.MOST_BYTES", 1)
     assert computed(seconds(2)) == pytest.approx([CELL, CELL + ATTENTION, CELL, CELL], rel=1e-3)
+    assert seconds(1)[MLP] == pytest.approx(CELL + RECORDING, rel=1e-3), (
+        "a tape that is not kept was recorded"
+    )
 
 
 def test_a_decode_in_memory_takes_as_long_as_its_cells(configs, host):
@@ -91,5 +100,5 @@ def test_a_decode_in_memory_takes_as_long_as_its_cells(configs, host):
     )
     policy = Policy(gpu_batch_size=2, **IN_PLACE)
     report = predict(spec, policy, machine, Workload(6, 10, 2), dtype="bfloat16").report
-    first = 6 * CELL + 2 * ATTENTION
+    first = CELL + 5 * (RECORDED + RECORDING)
     assert report.decode_s == pytest.approx(first + 8 * (CELL + 5 * JOINED), rel=1e-6)

@@ -118,9 +118,10 @@ def machines(draw):
         decoding=draw(tables),
         elementwise={"float32": [[r, draw(st.floats(0, 1))] for r in draw(rows)]},
         around_attention=draw(st.dictionaries(st.just("float16"), st.floats(0, 1))),
+        start=draw(st.dictionaries(st.sampled_from([LaneName.DISK_READ, LaneName.COMPUTE]), st.floats(0, 1))),
         fixed=dict(
             zip(
-                ("cell", "attention", "stage", "disk_job", "disk_start"),
+                ("cell", "attention", "recording", "stage", "disk_job"),
                 draw(st.lists(st.floats(0, 10), max_size=5)),
                 strict=False,
             )
@@ -174,8 +175,10 @@ def test_it_cannot_be_changed(machine):
         (dict(fixed={"cell": -1}), "fixed.cell is -1; it must be at least 0 seconds"),
         (
             dict(fixed={"cells": 1}),
-            "unknown key 'cells' in fixed; known: cell, attention, recorded, joined, attend, split, encoded, ids,",
+            "unknown key 'cells' in fixed; known: cell, attention, recorded, recording, joined, attend, split,",
         ),
+        (dict(start={"disk_write": 1}), "unknown key 'disk_write' in start; known: disk_read, compute"),
+        (dict(busy_start={"compute": -1}), "busy_start.compute is -1; it must be at least 0 seconds"),
         (dict(name=3), "name is 3; it must be a string"),
     ],
 )
@@ -211,13 +214,15 @@ def test_the_host_computes_in_the_thread_that_issues_the_steps(machine):
     assert machine(capacity=host).computes_inline
 
 
-def test_a_read_starts_later_while_the_device_works(machine):
+def test_jobs_start_later_while_other_lanes_work(machine):
     plain = machine()
-    assert not plain.replace(fixed={}).startup(serial=False)
-    slow = plain.replace(fixed={"disk_start": 1e-3, "disk_start_busy": 2e-3})
-    assert slow.startup(serial=True) == {LaneName.DISK_READ: 1e-3}
-    assert slow.startup(serial=False) == {LaneName.DISK_READ: 2e-3}
-    assert plain.replace(fixed={"disk_start": 1e-3}).startup(serial=False) == {LaneName.DISK_READ: 1e-3}
+    assert not plain.startup(serial=False)
+    read, compute = LaneName.DISK_READ, LaneName.COMPUTE
+    slow = plain.replace(start={read: 1e-3, compute: 4e-3}, busy_start={read: 2e-3, compute: 3e-3})
+    assert slow.startup(serial=True) == {read: 1e-3, compute: 4e-3}
+    assert slow.startup(serial=False) == {read: 2e-3, compute: 4e-3}
+    assert plain.replace(start={read: 1e-3}).startup(serial=False) == {read: 1e-3}
+    assert plain.replace(busy_start={compute: 1e-3}).startup(serial=True) == {}
 
 
 def test_a_figure_that_is_missing_is_named(machine):

@@ -128,8 +128,7 @@ def test_reads_that_find_the_disk_idle_start_later(opt, machine):
     for overlap in (False, True):
         policy = Policy(gpu_batch_size=3, weights={"disk": 100}, overlap=overlap)
         plain, slow = (
-            predict(opt, policy, hardware.replace(fixed={"disk_start": each}), workload)
-            for each in (0, start)
+            predict(opt, policy, hardware.replace(start={"disk_read": each}), workload) for each in (0, start)
         )
         reads = sum(event.lane is LaneName.DISK_READ for event in plain.trace().events)
         late[overlap] = (slow.report.total_s - plain.report.total_s) / (reads * start)

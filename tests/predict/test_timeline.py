@@ -154,6 +154,34 @@ def test_each_load_starts_at_most_once(grid, name, weights, compute, start):
     assert plain.span - 1e-9 <= started.span <= plain.span + start * loads + 1e-9
 
 
+def test_a_computation_starts_later_if_its_thread_has_waited():
+    """The second batch of a layer does not wait. The start is at most as long as the wait."""
+    grid = Grid(tokens=1, layers=2, batches=2, weight_slots=1, cell_slots=1)
+    steps = number(ORDERS["normal"](grid), grid)
+    works = works_of(steps, costs_of({Op.LOAD_WEIGHTS: 3.0, Op.COMPUTE: 2.0}))
+
+    def cells(start, inline=True):
+        timeline = play(steps, works, inline=inline, startup={LaneName.COMPUTE: start})
+        return [(e.start, e.end) for e in timeline.events if e.step.op is Op.COMPUTE]
+
+    assert cells(0.0) == [(3.0, 5.0), (5.0, 7.0), (10.0, 12.0), (12.0, 14.0)]
+    assert cells(1.0) == [(3.0, 6.0), (6.0, 8.0), (11.0, 14.0), (14.0, 16.0)]
+    assert cells(4.0) == [(3.0, 8.0), (8.0, 10.0), (13.0, 18.0), (18.0, 20.0)]
+    assert cells(4.0, inline=False) == cells(0.0)
+
+
+@given(grid=grids, name=st.sampled_from(sorted(ORDERS)), weights=seconds, compute=seconds, start=seconds)
+def test_starts_of_computations_take_no_longer_than_the_waits(grid, name, weights, compute, start):
+    steps = number(ORDERS[name](grid), grid)
+    works = works_of(steps, costs_of({Op.LOAD_WEIGHTS: weights, Op.COMPUTE: compute}))
+    plain, started = (play(steps, works, None, True, {LaneName.COMPUTE: each}) for each in (0.0, start))
+    cells = sum(event.lane is LaneName.COMPUTE for event in plain.events)
+    loads = sum(event.lane is LaneName.TO_DEVICE for event in plain.events)
+    assert plain.span == play(steps, works, inline=True).span
+    assert plain.span - 1e-9 <= started.span
+    assert started.span <= plain.span + min(start * cells, weights * loads) + 1e-9
+
+
 @given(grid=grids, name=st.sampled_from(sorted(ORDERS)), weights=seconds, compute=seconds, store=seconds)
 def test_nothing_begins_before_the_computations_issued_before_it_if_one_thread_does_both(
     grid, name, weights, compute, store

@@ -122,15 +122,33 @@ def test_a_small_job_is_timed_behind_the_one_before(limited):
 
 
 def test_the_start_of_a_read_is_the_time_that_it_takes_longer_than_in_a_row(limited):
-    probe, _ = limited
-    in_a_row = TINY.transfer / 4 / 2e6
-    assert probe.start_of_read(lambda read: [read() for _ in range(3)]) == pytest.approx(
-        0, abs=1e-6 * in_a_row
-    )
-    late = probe.start_of_read(lambda read: [read() + 0.5, read() + 1.5])
+    probe, clock = limited
+    in_a_row, waits = TINY.transfer / 4 / 2e6, []
+
+    def before():
+        waits.append(clock())
+        clock.sleep(7.0)
+
+    start = probe.start_of_read(lambda read: [read() for _ in range(3)], before)
+    assert start == pytest.approx(0, abs=1e-6 * in_a_row) and len(waits) == 3
+    late = probe.start_of_read(lambda read: [read() + 0.5, read() + 1.5], before)
     assert late == pytest.approx(1.0, rel=1e-6)
-    late = probe.start_of_read(lambda read: [read() + 1.0], lost=0.5)
+    late = probe.start_of_read(lambda read: [read() + 1.0], before, lost=0.5)
     assert late == pytest.approx(1.0 - in_a_row, rel=1e-6), "a read in a row takes twice as long together"
+
+
+@pytest.mark.parametrize("in_flight", [0, 2])
+def test_the_start_of_a_computation_is_the_time_that_it_takes_longer_after_a_wait(limited, in_flight):
+    """The first of all computations is not counted. Further reads may end during one of the computations."""
+    probe, clock = limited
+    of_reads = in_flight * TINY.transfer / 2e6 + 1e-6
+    times = itertools.chain([100.0], itertools.cycle([3.0, 1.0, 6.0, 2.0]))
+    start = probe.start_of_computation(lambda: clock.sleep(next(times)), in_flight)
+    assert start == pytest.approx(3.0, abs=of_reads)
+    assert probe._lanes[LaneName.DISK_READ].take_events(0.0) == [], "what nobody takes grows for ever"
+    assert probe.start_of_computation(lambda: clock.sleep(1.0), in_flight) == pytest.approx(0, abs=of_reads)
+    less = itertools.chain([100.0], itertools.cycle([1.0, 2.0]))
+    assert probe.start_of_computation(lambda: clock.sleep(next(less)), in_flight) == 0, "noise"
 
 
 def together():

@@ -81,13 +81,16 @@ def test_a_perfect_guess_stays(spec, machine):
 
 
 def test_the_disk_alone_was_slower(spec, machine):
-    guess = machine(fixed={})
+    start = {LaneName.DISK_READ: 1e-3, LaneName.COMPUTE: 2e-3}
+    guess = machine(fixed={}, start=start, busy_start=start)
     truth = guess.replace(bandwidth={**guess.bandwidth, LaneName.DISK_READ: 2e5})
     better = corrected(guess, [seen(spec, POLICIES["weights from disk"], guess, truth)])
     assert better.bandwidth[LaneName.DISK_READ] == pytest.approx(2e5, rel=1e-6)
     assert {k: v for k, v in better.bandwidth.items() if k is not LaneName.DISK_READ} == {
         k: v for k, v in guess.bandwidth.items() if k is not LaneName.DISK_READ
     }
+    slower = {LaneName.DISK_READ: 2.5e-3, LaneName.COMPUTE: 2e-3}
+    assert better.start == better.busy_start == pytest.approx(slower, rel=1e-6)
     assert better.device_attention == guess.device_attention
 
 
