@@ -10,8 +10,8 @@ format. Three parts are not kernels:
 - `between calls`: the time in a pass in which no kernel runs. It includes the start and the end of the threads' work.
 - `between passes`: the time from the last kernel of a pass to the first kernel of the next one. Python code chooses
   and stores the ids, and computes the embedding.
-- `first step`: the additional time of the first step, whose kernels are recorded one by one, and of the beginning and
-  the end of the call, divided by the number of steps.
+- `recording`: the time before the first pass, in which the calls are recorded, and after the last one, divided by the
+  number of steps.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def profile(form: str, args: argparse.Namespace) -> dict[str, Any]:
         read.append(read_bandwidth())
         weight_bytes = sum(model.placement.nbytes.values())
     bandwidth = statistics.median(read)
-    passes = by_pass(replays, args.new - 1)
+    each = len(replays) // (args.new - 1)
+    passes = [replays[n : n + each] for n in range(0, len(replays), each)]
     parts = by_call(passes) | around(passes, timed, args.new - 1)
     figures: dict[str, Any] = {
         "read_bytes_per_s": bandwidth,
@@ -96,12 +97,6 @@ def profile(form: str, args: argparse.Namespace) -> dict[str, Any]:
             nbytes = part["calls"] * values * BITS.get(form, 16) / 8
             part["read_share"] = nbytes / part["s"] / bandwidth
     return figures
-
-
-def by_pass(replays: list[Profile], steps: int) -> list[list[Profile]]:
-    """The replays of each pass, without a first pass that has fewer replays than the others."""
-    each = max(round(len(replays) / steps), 1)
-    return [replays[n : n + each] for n in range(len(replays) % each, len(replays), each)]
 
 
 def by_call(passes: list[list[Profile]]) -> dict[str, tuple[float, int]]:
@@ -127,11 +122,11 @@ def around(passes: list[list[Profile]], step: float, steps: int) -> dict[str, tu
         span - sum(seconds for _, seconds in all_calls(own)) for span, own in zip(spans, passes, strict=True)
     ]
     gap = statistics.median(start - end for start, end in zip(starts[1:], ends, strict=False))
-    first = step * steps - (ends[-1] - starts[0]) - (steps - len(passes)) * (statistics.median(spans) + gap)
+    recording = step * steps - (ends[-1] - starts[0])
     return {
         "between calls": (statistics.median(outside), 1),
         "between passes": (gap, 1),
-        "first step": (first / steps, 1),
+        "recording": (recording / steps, 1),
     }
 
 

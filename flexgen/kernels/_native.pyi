@@ -262,11 +262,15 @@ def sum_experts(
 ) -> None:
     """`shape`: rows, top_k, size. `out` is in float32 if `wide`."""
 
-def record() -> None:
-    """Record the calls of this thread from now on."""
+class Unrecordable(Exception):
+    """A kernel was called that cannot be recorded."""
 
-def end_record() -> object | None:
-    """The recorded calls; None if a kernel was called that cannot be recorded."""
+def record() -> None:
+    """Record the calls of this thread from now on, instead of running kernels. A call that cannot be recorded raises
+    `Unrecordable`."""
+
+def end_record() -> object:
+    """The recorded calls. Kernels run again."""
 
 def replay(tapes: tuple[object, ...], later: int, threads: int, /) -> list[float]:
     """Repeat recorded calls, one tape after the other, with `later` more tokens in the cache: `store_tokens` and

@@ -1,9 +1,12 @@
-"""Tapes: compiled calls that are recorded once and repeated for later tokens, without Python code between them.
+"""Tapes: compiled calls that are recorded once and run for each token, without Python code between them.
 
 While the weights of a layer pass through the caches, the interpreter's code and data leave them. So on a CPU, the
 Python code between two products takes several times as long as usual. In a decode step of a small batch, that is a
 considerable part of the time. A decode cell calls the same kernels with the same addresses for each token. Only the
 number of cached tokens grows, which `replay` takes.
+
+A recording computes nothing. So the cells of all layers are recorded one after the other, before any weights pass
+through the caches, and the first pass is replayed like all others.
 """
 
 from __future__ import annotations
@@ -76,36 +79,36 @@ def profiled() -> Iterator[list[Profile]]:
         _profile = None
 
 
-def record(work: Callable[[], _Result], spare: Sequence[Tensor] = ()) -> tuple[_Result, Tape | None]:
-    """The result of `work`, and a tape that repeats it.
+def record(work: Callable[[], _Result], spare: Sequence[Tensor] = ()) -> tuple[_Result, Tape] | None:
+    """The result of `work`, and a tape that computes it. The result has no values before the first `replay`.
 
-    The tape is None if `work` also uses operations of torch, or kernels that cannot be recorded. Views and new
-    tensors are no such operations. `work` must not depend on values of tensors, and the caller keeps its inputs at
-    their addresses. spare: tensors, of other tapes for example, that `work` may overwrite: it gets them instead of
-    new ones of the same shape.
+    None if `work` uses operations of torch, or kernels that cannot be recorded. Views and new tensors are no such
+    operations. `work` ends at the first of them, before it runs. It must not depend on values of tensors that its
+    kernels write, and the caller keeps its inputs at their addresses. spare: tensors, of other tapes for example,
+    that the tape may overwrite: `work` gets them instead of new ones of the same shape.
     """
     if not native_available():
-        return work(), None
+        return None
     watch = _Watch(spare)
     native.record()
     try:
         with watch:
             result = work()
+    except native.Unrecordable:
+        return None
     finally:
         calls = native.end_record()
-    whole = calls is not None and not watch.others
-    return result, Tape(calls, watch.allocated) if whole else None
+    return result, Tape(calls, watch.allocated)
 
 
 class _Watch(TorchDispatchMode):
-    """Keeps the tensors that torch allocates, or that are used instead. `others`: the operations of torch that are
-    neither allocations nor views."""
+    """Keeps the tensors that torch allocates, or that are used instead. Raises `Unrecordable` for operations of torch
+    that are neither allocations nor views."""
 
     def __init__(self, spare: Sequence[Tensor]) -> None:
         super().__init__()
         self._spare = list(spare)
         self.allocated: list[Tensor] = []
-        self.others: list[Any] = []
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -115,12 +118,13 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        allocates = func in _ALLOCATIONS
+        if not allocates and not func.is_view:
+            raise native.Unrecordable(f"{func} is an operation of torch")
         result = func(*args, **(kwargs or {}))
-        if func in _ALLOCATIONS:
+        if allocates:
             result = self._instead_of(result)
             self.allocated.append(result)
-        elif not func.is_view:
-            self.others.append(func)
         return result
 
     def _instead_of(self, new: Tensor) -> Tensor:

@@ -189,10 +189,10 @@ class ArithmeticProbe:
             return None
         tapes = []
         for layer in layers:
-            _, tape = record(partial(self._forward, x, layer))
-            if tape is None:
+            recorded = record(partial(self._forward, x, layer))
+            if recorded is None:
                 return None
-            tapes.append(tape)
+            tapes.append(recorded[1])
         ring = itertools.cycle(tapes)
         return lambda: replay([next(ring)], 0)
 

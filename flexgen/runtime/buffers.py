@@ -133,8 +133,12 @@ class Buffers:
             whole = {own: segments[j][0][0] for j, own in attention.items()}
             replays = CellGraphs(model.layers, resident, cache, whole, device)
         elif device.torch_device.type == "cpu":
-            in_place = [j for j, layout in enumerate(model.weights.layouts) if not layout.runs]
-            replays = RecordedCells(model.layers, in_place, cache)
+            in_place = [
+                j
+                for j, layer in enumerate(model.layers)
+                if not model.weights.layouts[j].runs and not (self.prefix and layer.has_cache)
+            ]
+            replays = RecordedCells(model.layers, in_place, cache, dtype)
         if replays is not None:
             self._close.append(replays.close)
         self.block = BlockBuffers(cache, activations, lookup, replays, self.prefix, pool)

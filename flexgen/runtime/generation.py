@@ -60,10 +60,9 @@ class Generation:
             return False
         if self._output.can_finish or self._output.by_token:
             self.following = self._output.following(number)
-        # In this pass, the cells that will be replayed were recorded.
-        recorded = not self._joined and number == max(self._prompts.newest_begins + 1, self.first)
-        if self.following is None and recorded and token + 1 < self.grid.tokens and self._find_joined():
-            self.following = self._prompts.batches  # the same rows, in a run with joined cells
+        last_of_prompts = number == self._prompts.newest_begins and token + 1 < self.grid.tokens
+        if self.following is None and last_of_prompts and self._tapes:
+            self.following = self._prompts.batches  # the same rows, in a run that joins cells
         if self.following is None:
             return False
         self.next = number + 1
@@ -86,22 +85,27 @@ class Generation:
 
     @cached_property
     def _joined(self) -> Mapping[int, range]:
-        """The layers whose cells are computed in one call, by the first of them."""
-        return self._find_joined() if self._computes_only else {}
-
-    def _find_joined(self) -> Mapping[int, range]:
+        """The layers whose cells are computed in one call, by the first of them. They are recorded before the run."""
         joined: dict[int, range] = {}
-        if not isinstance(replays := self._buffers.replays, RecordedCells):
+        tapes, first = self._tapes, 0
+        if tapes is None or self.first <= self._prompts.newest_begins:
             return joined
-        first = 0
+        self._runner.record(self._prompts.cell(self.first, 0, 0, self.grid.cell_slot(0, 0, 0)))
         for j in range(self.grid.layers):
-            if replays.joins(j, 0):
+            if tapes.joins(j, 0):
                 joined[first] = range(first, j + 1)
             else:
                 first = j
         if 1 in joined:  # with the embedding, although it has no tape
             joined = {0: range(joined.pop(1).stop), **joined}
         return joined
+
+    @property
+    def _tapes(self) -> RecordedCells | None:
+        """The tapes of the decode, if those of different cells can be joined."""
+        tapes = self._buffers.replays
+        joins = isinstance(tapes, RecordedCells) and tapes.pays and self._prompts.guesses is None
+        return tapes if joins and self._computes_only else None
 
     @cached_property
     def _computes_only(self) -> bool:

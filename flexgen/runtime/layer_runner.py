@@ -121,6 +121,8 @@ class LayerRunner:
     def compute(self, cell: BoundCell) -> None:
         """Compute the cell with the whole layer."""
         x, weights, lookup = self._input(cell), self._weights(cell), self._buffers.lookup
+        if cell.layer == 0:
+            self.record(cell)
         if cell.layer == 0 and lookup is not None:
             x, rows = lookup.take(x.shape, cell.slot)
             weights = {**weights, lookup.name: rows}
@@ -134,6 +136,20 @@ class LayerRunner:
         self._keep(cell, layer.forward(x, weights, self._context(cell)))
 
     # Several layers
+
+    def record(self, cell: BoundCell) -> None:
+        """Record the cells of all layers for the batch and the pass of `cell`, unless they are recorded or will not
+        be replayed often enough.
+
+        Code leaves the caches while weights pass through them. So all cells are recorded before the first one of them
+        is computed. May also be called before the run.
+        """
+        replays = self._buffers.replays
+        if not isinstance(replays, RecordedCells) or not replays.misses(cell):
+            return
+        layers = [j for j in replays.layers if not self._output.wants_hidden(j)]
+        context = self._context(cell, _Positions(self._prompts, cell))
+        replays.record(cell, context, {j: self._weights(replace(cell, layer=j)) for j in layers})
 
     def compute_joined(self, cell: BoundCell, layers: range) -> None:
         """Compute the cells of consecutive layers in one call. `cell` is the first of them.
@@ -202,9 +218,10 @@ class LayerRunner:
         slot = weights.turns.slot(cell.number, cell.layer)
         return weights.weights(cell.layer, slot, visit=(self._run, cell.number, cell.layer))
 
-    def _context(self, cell: BoundCell) -> _CellContext:
+    def _context(self, cell: BoundCell, positions: _Positions | None = None) -> _CellContext:
+        """positions: those of the pass, if its first layer is not computed yet."""
         last_only = self._output.last_only and cell.guesses is None
-        return _CellContext(cell, self._buffers.cache, last_only, self._positions[cell.batch])
+        return _CellContext(cell, self._buffers.cache, last_only, positions or self._positions[cell.batch])
 
     def _keep(self, cell: BoundCell, y: Tensor) -> None:
         if cell.layer == len(self._model.layers) - 1:

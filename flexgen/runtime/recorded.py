@@ -1,4 +1,4 @@
-"""Decode cells on a CPU as tapes: the kernels of a layer are recorded for one pass and repeated for later ones.
+"""Decode cells on a CPU as tapes: the kernels of all layers are recorded before the first pass that runs them.
 
 All layers share the data of the pass. The rotary factors have buffers, because a tape reads the same addresses for
 each pass, and so have the lengths of rows, which differ with guesses. A pass with guesses has other tapes than one
@@ -9,8 +9,8 @@ memory of the layer before the previous one, so that they stay in a cache.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -64,9 +64,8 @@ class _Factors:
 
 @dataclass
 class _Pass:
-    """The data of a batch in pass `number` at fixed addresses: its rotary factors, and the result of the layer that
-    was recorded last. `length`: the cached tokens of its rows. With guesses, also `lengths` (2, rows): the tokens of
-    each row before and after the pass.
+    """The data of a batch in pass `number` at fixed addresses: its rotary factors. `length`: the cached tokens of its
+    rows. With guesses, also `lengths` (2, rows): the tokens of each row before and after the pass.
 
     `tensors`: the results of the tapes of even and of odd layers. A layer reads the result of the other kind, and
     overwrites those of its own."""
@@ -74,7 +73,6 @@ class _Pass:
     factors: dict[tuple[RopeSpec, torch.dtype], _Factors] = field(default_factory=dict)
     number: int | None = None
     length: int = 0
-    y: Tensor | None = None
     lengths: Tensor | None = None
     tensors: tuple[list[Tensor], list[Tensor]] = field(default_factory=lambda: ([], []))
 
@@ -145,69 +143,114 @@ class _Recorded:
 
 
 class RecordedCells:
-    """Tapes of the decode cells of one block. It has the methods of `CellGraphs`, and `replay` for several layers.
+    """Tapes of the decode cells of one block. It has the methods of `CellGraphs`, `record` for the cells of a pass,
+    and `replay` for several layers.
 
-    in_place: the numbers of the layers whose weights do not move, so that they stay at their addresses.
+    in_place: the numbers of the layers whose weights and cache do not move, so that they stay at their addresses.
+    dtype: that of the hidden states. `pays`: whether the present run has so many tokens that it records cells.
     """
 
-    def __init__(self, layers: Sequence[Layer], in_place: Sequence[int], cache: KVCache) -> None:
+    def __init__(
+        self, layers: Sequence[Layer], in_place: Sequence[int], cache: KVCache, dtype: torch.dtype
+    ) -> None:
         self._layers = {j: layers[j] for j in in_place if isinstance(layers[j], TransformerLayer | Head)}
         self._cache = cache
+        self._dtype = dtype
         self.drop()
+
+    @property
+    def layers(self) -> Sequence[int]:
+        """The numbers of the layers whose cells can be recorded, if their kernels can."""
+        return [*self._layers]
 
     def expect(self, tokens: int) -> None:
         """Announce that the next run computes `tokens` tokens with the same batches. Without this, it has no
         tapes."""
-        self._pays = tokens > MIN_TOKENS
+        self.pays = tokens > MIN_TOKENS
 
     def drop(self) -> None:
         """Drop all tapes, before other batches or prompts, and at the end of a call. No step may be in flight."""
-        self._pays = False
+        self.pays = False
         self._nbytes = 0
         self._passes: dict[tuple[int, int], _Pass] = {}  # by batch and number of new tokens
-        self._recorded: dict[tuple[int, int, int], _Recorded | None] = {}  # None: it cannot be recorded
+        self._recorded: dict[tuple[int, int, int], _Recorded] = {}
 
     def close(self) -> None:
         """Release all memory."""
         self.drop()
 
-    def serves(self, cell: BoundCell, rows: int, weights: Weights) -> bool:
-        """Whether `compute` computes this cell of `rows` rows."""
-        if not (self._pays and cell.token > 0 and cell.layer in self._layers and cell.span.decodes):
-            return False
-        key = _key(cell)
-        return self._recorded[key] is not None if key in self._recorded else self._can_record(cell)
+    # Recording
 
-    def _can_record(self, cell: BoundCell) -> bool:
+    def misses(self, cell: BoundCell) -> bool:
+        """Whether a run `pays` and the cells of this batch with as many new tokens are not recorded yet."""
+        decodes = self.pays and cell.token > 0 and cell.span.decodes
+        return decodes and (cell.batch, cell.span.new) not in self._passes
+
+    def record(self, cell: BoundCell, context: Context, weights: Mapping[int, Weights]) -> None:
+        """Record the cells of a batch in the pass of `cell`, without computing them.
+
+        context: the context of the cell without tapes. weights: those of the layers to record, in their order, by
+        number. Layers that cannot be recorded are left out.
+        """
+        data = self._passes[cell.batch, cell.span.new] = _Pass()
+        data.fill(cell, context)
+        positions = context.positions
+        for j, own in weights.items():
+            layer, cell = self._layers[j], replace(cell, layer=j)
+            if not self._can_record(cell, own):
+                continue
+            if isinstance(layer, AttentionLayer) and (rope := layer.layer_spec.attention.rope) is not None:
+                data.add(rope, self._dtype, context)
+            self._record(cell, _Recording(context, positions, self._cache, cell, data), own)
+
+    def _can_record(self, cell: BoundCell, weights: Weights) -> bool:
         layer = self._layers[cell.layer]
+        if layer.reads_back(len(cell.padding.starts) * cell.span.new, weights):
+            return False
         if not isinstance(layer, AttentionLayer):
             return True
-        if layer.layer_spec.attention.window is not None or cell.padding.any or cell.prefix is not None:
+        if layer.layer_spec.attention.window is not None or cell.padding.any:
             return False
         return self._cache.records(cell.layer, cell.batch)
+
+    def _record(self, cell: BoundCell, context: _Recording, weights: Weights) -> None:
+        layer, tensors = self._layers[cell.layer], context.data.tensors[cell.layer % 2]
+        before = self._recorded.get(_key(replace(cell, layer=cell.layer - 1)))
+        if before is None:
+            rows, new = len(cell.padding.starts), cell.span.new
+            x = torch.empty(rows, new, layer.spec.hidden_size, dtype=self._dtype)
+        else:
+            x = before.y
+        found = record(partial(layer.forward, x, weights, context), tensors)
+        if found is None:
+            return
+        y, tape = found
+        added = [own for own in tape.tensors if not any(own is other for other in tensors)]
+        nbytes = sum(own.nbytes for own in added)
+        if self._nbytes + nbytes > MOST_BYTES:
+            return
+        self._nbytes += nbytes
+        tensors += added
+        self._recorded[_key(cell)] = _Recorded(tape, cell.span.length, cell.guesses is not None, x, y)
+
+    # Cells from tapes
+
+    def serves(self, cell: BoundCell, rows: int, weights: Weights) -> bool:
+        """Whether `compute` computes this cell of `rows` rows."""
+        return cell.token > 0 and cell.span.decodes and _key(cell) in self._recorded
 
     def compute(self, cell: BoundCell, context: Context, x: Tensor, weights: Weights) -> Tensor:
         """The layer's result, from hidden states x (rows, new, hidden). Part of the cell's computation.
 
         The layer after the next one overwrites the result. context: the context of the cell without tapes.
         """
-        if _key(cell) in self._recorded:
-            return self.replay(cell, range(cell.layer, cell.layer + 1), context, x)[0]
-        layer, data = self._layers[cell.layer], self._passes.setdefault((cell.batch, cell.span.new), _Pass())
-        data.fill(cell, context)
-        if isinstance(layer, AttentionLayer) and (rope := layer.layer_spec.attention.rope) is not None:
-            data.add(rope, x.dtype, context)
-        if data.y is not x:  # a tensor that others overwrite or free
-            x = x.clone()
-        recording = _Recording(context, context.positions, self._cache, cell, data)
-        data.y = self._record(cell, recording, x, weights)
-        return data.y
+        return self.replay(cell, range(cell.layer, cell.layer + 1), context, x)[0]
 
     def joins(self, layer: int, batch: int) -> bool:
         """Whether the tape of a cell continues that of the previous layer, so that one call can `replay` both. With
         guesses none does, because the next pass may have another number of new tokens."""
         before, own = (self._recorded.get((j, batch, 1)) for j in (layer - 1, layer))
-        if not self._pays or before is None or own is None or own.by_row:
+        if before is None or own is None or own.by_row:
             return False
         return own.x is before.y and own.length == before.length
 
@@ -220,26 +263,11 @@ class RecordedCells:
         """
         batch, new = cell.batch, cell.span.new
         self._passes[batch, new].fill(cell, context)
-        tapes = [found for j in layers if (found := self._recorded[j, batch, new]) is not None]
+        tapes = [self._recorded[j, batch, new] for j in layers]
         first, last = tapes[0], tapes[-1]
         if x is not first.x:
             first.x.copy_(x)
         return last.y, replay([found.tape for found in tapes], cell.span.length - first.length)
-
-    def _record(self, cell: BoundCell, context: _Recording, x: Tensor, weights: Weights) -> Tensor:
-        layer = self._layers[cell.layer]
-        tensors = context.data.tensors[cell.layer % 2]
-        y, tape = record(partial(layer.forward, x, weights, context), tensors)
-        kept = None
-        if tape is not None:
-            new = [own for own in tape.tensors if not any(own is other for other in tensors)]
-            nbytes = sum(own.nbytes for own in new)
-            if self._nbytes + nbytes <= MOST_BYTES:
-                self._nbytes += nbytes
-                tensors += new
-                kept = _Recorded(tape, cell.span.length, cell.guesses is not None, x, y)
-        self._recorded[_key(cell)] = kept
-        return y
 
 
 def _key(cell: BoundCell) -> tuple[int, int, int]:

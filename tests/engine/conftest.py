@@ -187,8 +187,9 @@ def heads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     forward = Head.forward
 
     def counted(self: Head, x: Any, *args: Any) -> Any:
-        counts.append(len(x))
-        return forward(self, x, *args)
+        result = forward(self, x, *args)
+        counts.append(len(x))  # not if it ends because it cannot be recorded
+        return result
 
     monkeypatch.setattr(Head, "forward", counted)
     return counts

@@ -79,13 +79,26 @@ def test_each_layer_is_recorded_once_and_replayed_at_each_later_token(replays, m
     expected = without_tapes(monkeypatch, PROMPTS[:1], own=policy(codec=codec), dtype=dtype)
     assert not replays
     assert generated(PROMPTS[:1], own=policy(codec=codec), dtype=dtype) == expected
-    # Of the tokens, the first is that of the prompt, and the second one is recorded.
-    assert replays == [(1, later) for later in range(1, NEW - 1) for _ in range(2 * 3 + 1)]
+    # The first token is that of the prompt.
+    assert replays == [(1, later) for later in range(NEW - 1) for _ in range(2 * 3 + 1)]
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_all_cells_are_recorded_before_the_first_one_is_computed(calls, monkeypatch, batches):
+    replayed, record = [], recorded.record
+
+    def watched(*args):
+        replayed.append(len(calls))
+        return record(*args)
+
+    monkeypatch.setattr(recorded, "record", watched)
+    generated(PROMPTS[:batches], own=policy(batches))
+    assert replayed == [0] * 7 * batches and calls
 
 
 def test_tapes_continue_on_the_next_page_of_the_cache(replays, monkeypatch):
     expected = without_tapes(monkeypatch, PROMPTS[:1], new=200)
-    assert generated(PROMPTS[:1], new=200) == expected and len(replays) == 198 * 7
+    assert generated(PROMPTS[:1], new=200) == expected and len(replays) == 199 * 7
 
 
 @pytest.mark.parametrize("batches", [1, 2])
@@ -125,7 +138,7 @@ def test_several_batches_and_rows(replays, monkeypatch, sep_layer):
     own = replace(policy(batches=2, rows=2), sep_layer=sep_layer)
     expected = without_tapes(monkeypatch, prompts, own=own)
     assert generated(prompts, own=own) == expected
-    assert len(replays) == (NEW - 2) * 2 * (7 if sep_layer else 4)
+    assert len(replays) == (NEW - 1) * 2 * (7 if sep_layer else 4)
 
 
 def test_each_block_and_each_group_of_rows_has_its_own_tapes(replays, monkeypatch):
@@ -152,7 +165,7 @@ def test_where_only_attention_changes_with_the_token_mlps_are_replayed(
 ):
     expected = without_tapes(monkeypatch, prompts, **options)
     assert generated(prompts, **options) == expected
-    assert len(replays) == (3 + 1) * (NEW - 2)
+    assert len(replays) == (3 + 1) * (NEW - 1)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +187,7 @@ def test_tapes_keep_a_limited_amount_of_memory(replays, monkeypatch):
     expected = without_tapes(monkeypatch, PROMPTS[:1])
     monkeypatch.setattr(recorded, "MOST_BYTES", 1024)
     assert generated(PROMPTS[:1]) == expected
-    assert 0 < len(replays) < (NEW - 2) * 7
+    assert 0 < len(replays) < (NEW - 1) * 7
 
 
 def test_further_layers_need_no_further_memory(monkeypatch):
@@ -221,7 +234,7 @@ def test_if_nothing_moves_one_call_replays_all_layers_of_a_pass(calls, monkeypat
     own, prompts = policy(codec=codec, rows=rows), PROMPTS[:rows]
     expected = without_tapes(monkeypatch, prompts, own=own)
     assert generated(prompts, own=own) == expected
-    assert calls == [(7, later) for later in range(1, NEW - 1)]  # with the head
+    assert calls == [(7, later) for later in range(NEW - 1)]  # with the head
 
 
 @pytest.mark.parametrize(
@@ -250,7 +263,7 @@ def test_layers_without_a_tape_separate_those_that_are_replayed_together(calls, 
     expected = without_tapes(monkeypatch, PROMPTS[:1], config=mixed)
     assert generated(PROMPTS[:1], config=mixed) == expected
     # The attention and the MLP of two layers, then the last MLP and the head.
-    assert calls == [(tapes, later) for later in range(1, NEW - 1) for tapes in (4, 2)]
+    assert calls == [(tapes, later) for later in range(NEW - 1) for tapes in (4, 2)]
 
 
 @pytest.mark.parametrize("stop_after", [1, 2, 5])
@@ -291,4 +304,4 @@ def test_each_token_of_a_choice_for_the_whole_call(calls, monkeypatch):
     with OptLM(LLAMA, policy(), device="cpu", weights="dummy", dtype="bfloat16", progress=False) as model:
         request = Completion(read_request(model.spec, PROMPTS[:1]), NEW, WholeCall())
         assert model.generate_with(request).tolist() == expected
-    assert calls == [(7, later) for later in range(1, NEW - 1)]
+    assert calls == [(7, later) for later in range(NEW - 1)]

@@ -53,8 +53,12 @@ PyObject *py_packed_linear(PyObject *, PyObject *args) {
     }
     const bool encoded = form != Py_None;
     std::string name = "product of " + std::to_string(in) + " with";
-    for (const Matrix &matrix : matrices) name += " " + std::to_string(matrix.out);
-    const auto streams = recorded ? std::make_shared<Streams>() : nullptr;
+    int64_t outs = 0;
+    for (const Matrix &matrix : matrices) {
+        name += " " + std::to_string(matrix.out);
+        outs += matrix.out;
+    }
+    const auto streams = streams_of(rows * in * outs * job.bits / 8);
     const auto call = [job, matrices, encoding, encoded, streams, now = variant](int64_t, int most) {
         PackedLinear own = job;
         if (encoded) own.encoding = &encoding;
@@ -142,7 +146,7 @@ PyObject *py_grouped_linear(PyObject *, PyObject *args) {
         if (!jobs.empty()) multiply_each(*now, jobs, useful_threads(most, nbytes));
     };
     const std::string name = "products of " + std::to_string(in) + " with " + std::to_string(out);
-    return run(name.c_str(), work, threads);
+    return run(name.c_str(), work, threads, streams_of(in * out * one.bits / 8));  // they stay empty
 }
 
 PyObject *py_decode(PyObject *, PyObject *args) {

@@ -146,5 +146,8 @@ PyMODINIT_FUNC PyInit__native() {
         variant = each;
         break;
     }
-    return PyModule_Create(&MODULE);
+    PyObject *module = PyModule_Create(&MODULE);
+    unrecordable = PyErr_NewException("flexgen.kernels._native.Unrecordable", nullptr, nullptr);
+    if (!module || !unrecordable || PyModule_AddObjectRef(module, "Unrecordable", unrecordable) < 0) Py_CLEAR(module);
+    return module;
 }

@@ -188,7 +188,6 @@ private:
 };
 
 thread_local Team *led = nullptr;  // by this thread
-thread_local int64_t shared = 0;
 
 // The function with which a compiler enters an OpenMP region. The runtimes of GNU, LLVM and Intel all have it.
 typedef void (*Region)(void (*)(void *), void *, unsigned threads, unsigned flags);
@@ -236,7 +235,6 @@ void prepare() {
 void run_on_threads(int threads, const std::function<void()> &work) {
     prepare();
     if (threads <= 1) return work();
-    ++shared;
     if (led) return led->run(threads, work);
     if (!region) return pool->run(threads, work);
     Errand errand;
@@ -265,8 +263,6 @@ void run_with_team(int threads, const std::function<void()> &lead) {
         lead();
     });
 }
-
-int64_t times_shared() { return shared; }
 
 int team_number() { return number; }
 

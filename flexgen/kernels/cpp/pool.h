@@ -19,9 +19,6 @@ void run_on_threads(int threads, const std::function<void()> &work);
 // `lead` gives to `run_on_threads`: to start and to end a region takes longer than the work of a small kernel.
 void run_with_team(int threads, const std::function<void()> &lead);
 
-// The number of times that the calling thread has shared work with others.
-int64_t times_shared();
-
 // The number of the calling thread in its team, from 0, or -1 outside of a team.
 int team_number();
 

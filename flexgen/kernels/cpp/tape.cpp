@@ -4,6 +4,7 @@
 #include <chrono>
 
 thread_local Tape *recorded = nullptr;
+PyObject *unrecordable = nullptr;
 
 namespace {
 
@@ -22,10 +23,7 @@ PyObject *py_record(PyObject *, PyObject *) {
 PyObject *py_end_record(PyObject *, PyObject *) {
     Tape *tape = recorded;
     recorded = nullptr;
-    if (!tape || !tape->whole) {
-        delete tape;
-        Py_RETURN_NONE;
-    }
+    if (!tape) return PyErr_Format(PyExc_RuntimeError, "end_record without record");
     PyObject *capsule = PyCapsule_New(tape, TAPE, free_tape);
     if (!capsule) delete tape;
     return capsule;
@@ -52,11 +50,13 @@ bool read_replay(PyObject *args, std::vector<const Tape *> &tapes, long long &la
 // each tape.
 template <class Called, class Done>
 bool run_tapes(const std::vector<const Tape *> &tapes, int64_t later, int threads, const Called &called, const Done &done) {
-    bool shares = false;
+    bool shares = false;  // work with other threads
     std::vector<const Streams *> reads;  // of all calls
     for (const Tape *tape : tapes) {
-        shares |= tape->shares;
-        for (const Call &call : tape->calls) reads.push_back(call.reads.get());
+        for (const Call &call : tape->calls) {
+            reads.push_back(call.reads.get());
+            shares |= call.reads != nullptr;
+        }
     }
     const Streams *next = nullptr;  // what is read first after a call
     for (size_t n = reads.size(); n-- > 0;) {
