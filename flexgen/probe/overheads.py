@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import NamedTuple
@@ -247,7 +247,7 @@ class _Decode:
 
     def outside(self) -> list[float]:
         """The seconds of `passes` in which nothing is computed, divided by the number of cells."""
-        busy, cells = Counter[int](), Counter[int]()
+        busy, cells = defaultdict[int, float](float), Counter[int]()
         for event in self._events:
             busy[event.step.token] += event.end - event.start
             cells[event.step.token] += event.step.op is Op.COMPUTE
