@@ -104,8 +104,9 @@ class Generation:
     def _tapes(self) -> RecordedCells | None:
         """The tapes of the decode, if those of different cells can be joined."""
         tapes = self._buffers.replays
-        joins = isinstance(tapes, RecordedCells) and tapes.pays and self._prompts.guesses is None
-        return tapes if joins and self._computes_only else None
+        if not isinstance(tapes, RecordedCells) or not tapes.pays or self._prompts.guesses is not None:
+            return None
+        return tapes if self._computes_only else None
 
     @cached_property
     def _computes_only(self) -> bool:

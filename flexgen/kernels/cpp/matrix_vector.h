@@ -6,17 +6,32 @@ namespace VARIANT {
 namespace linear {
 
 constexpr int CHAINS = 8;  // independent sums for a row, because a sum takes several cycles
-constexpr int64_t AHEAD_BYTES = 8192;
+
+// The bytes from a line to the one that is prefetched. With more than a page of 4 KiB, short rows are read at three quarters
+// of the bandwidth. But if x takes much of the L1 cache and a line takes many operations, nearer lines would arrive too late.
+// Measured on an EPYC (Zen 4).
+constexpr int64_t NEAR_BYTES = 2048, FAR_BYTES = 8192;
+constexpr int64_t SMALL_X_BYTES = 8 << 10;
+
+template <class Kind>
+constexpr int64_t bytes_ahead(int64_t count) {
+    constexpr bool PAIRS = Kind::STEP > LANES;  // few operations for a line
+    return PAIRS || count * (int64_t)sizeof(typename Kind::X) <= SMALL_X_BYTES ? NEAR_BYTES : FAR_BYTES;
+}
 
 template <class Kind>
 INLINE Vec row_sums(const typename Kind::Weight *w, const typename Kind::X *x, int64_t count) {
-    Vec sum[CHAINS] = {};
+    const int64_t ahead = bytes_ahead<Kind>(count);
+    Vec sum[CHAINS];
+    UNROLLED
+    for (Vec &each : sum) each = Vec{};
     int64_t i = 0;
     for (; i + CHAINS * Kind::STEP <= count; i += CHAINS * Kind::STEP) {
         // All prefetches first, so that they need not wait for the loads.
         UNROLLED
         for (int64_t at = 0; at < CHAINS * Kind::STEP * (int64_t)sizeof *w; at += LINE)
-            __builtin_prefetch((const uint8_t *)(w + i) + at + AHEAD_BYTES, 0, 2);
+            __builtin_prefetch((const uint8_t *)(w + i) + at + ahead, 0, 2);
+        UNROLLED
         for (int c = 0; c < CHAINS; ++c) {
             const int64_t at = i + c * Kind::STEP;
             sum[c] = Kind::add(sum[c], Kind::values(w + at), Kind::values(x + at));
@@ -25,8 +40,11 @@ INLINE Vec row_sums(const typename Kind::Weight *w, const typename Kind::X *x, i
     for (; i + Kind::STEP <= count; i += Kind::STEP) sum[0] = Kind::add(sum[0], Kind::values(w + i), Kind::values(x + i));
     if (i < count)
         sum[1] = Kind::add(sum[1], Kind::values_part(w + i, count - i), Kind::values_part(x + i, count - i));
-    for (int half = CHAINS / 2; half; half /= 2)
+    UNROLLED
+    for (int half = CHAINS / 2; half; half /= 2) {
+        UNROLLED
         for (int c = 0; c < half; ++c) sum[c] += sum[c + half];
+    }
     return sum[0];
 }
 
@@ -36,7 +54,9 @@ TARGET void multiply_vector(const PackedLinear &job, int64_t begin, int64_t end)
     const auto *w = (const typename Kind::Weight *)job.packed;
     for (int64_t n = begin; n < end; n += LANES) {
         const int64_t count = std::min<int64_t>(LANES, end - n);
-        Vec sum[LANES] = {};
+        Vec sum[LANES];
+        UNROLLED
+        for (Vec &each : sum) each = Vec{};
         for (int64_t k = 0; k < count; ++k) sum[k] = row_sums<Kind>(w + (n + k) * job.in, x, job.in);
         float bias[LANES] = {};
         if (job.bias) widen(job.type, job.bias, n, bias, count);
