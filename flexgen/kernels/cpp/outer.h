@@ -59,7 +59,7 @@ TARGET inline void copy_lines(const RowCopy &copy, int64_t first) {
 
 // Multiply `lines` lines of OUTER_WEIGHTS rows of W with V vectors of rows of x. Add the products to `totals`
 // (OUTER_WEIGHTS, V * LANES), or set them. Meanwhile, copy at most `lines` lines of each row of `copy`, a line for each pair
-// of values, and prefetch the row after it.
+// of values, and prefetch the second row after it: one row before it is copied is too late if memory is slow.
 template <int V>
 APART void multiply_outer(const uint8_t *w, const Bf16 *x, int64_t lines, float *totals, bool add, const RowCopy &copy) {
     Vec sum[OUTER_WEIGHTS][V];
@@ -68,7 +68,8 @@ APART void multiply_outer(const uint8_t *w, const Bf16 *x, int64_t lines, float 
         for (int v = 0; v < V; ++v) sum[n][v] = add ? load(totals + (n * V + v) * LANES) : Vec{};
     for (int64_t k = 0; k < LINE_PAIRS; ++k) {
         const int64_t copied = k < copy.rows ? copy.lines : 0;
-        const uint8_t *from = copy.from + k * copy.stride, *next = k + 1 < copy.rows ? from + copy.stride : copy.after;
+        const uint8_t *from = copy.from + k * copy.stride;
+        const uint8_t *next = k + 2 < copy.rows ? from + 2 * copy.stride : copy.after + (k + 2 - copy.rows) * copy.stride;
         uint8_t *to = copy.to + k * OUTER_PITCH;
         for (int64_t i = 0; i < lines; ++i, w += 2 * sizeof(Bf16), x += 2 * V * LANES) {
             if (i < copied) {
