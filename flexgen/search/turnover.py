@@ -84,7 +84,7 @@ def _simulated(
 ) -> tuple[np.ndarray, int]:
     """(4,): the figures of `Turnover`, with the sum of the tokens instead of their mean. And `Turnover.timed`."""
     answers = Workload(1, gen_len, prompts, mean_new=mean_new).answers()
-    total, kinds = np.zeros(4), dict[tuple[int, int, bool, bool], int]()
+    total, kinds = np.zeros(4), dict[tuple[object, ...], int]()
     passes = Passes(width, rows=policy.prefill_rows, batches=policy.num_gpu_batches)
     for one in refilled_passes(answers, policy, passes):
         decoding = [token for token in one.tokens if token > 0]
