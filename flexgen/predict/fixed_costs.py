@@ -12,7 +12,7 @@ from flexgen.predict.placed import PlacedModel
 from flexgen.workload import Workload
 
 _RECORDED_IN = 1
-"""The pass that records cells. It and later passes repeat them."""
+"""The pass before which cells are recorded. It and later passes repeat them."""
 
 
 class FixedCosts:
@@ -57,11 +57,8 @@ class FixedCosts:
         share = self._repeated.get(index, 0.0)
         if token < _RECORDED_IN or not share:
             return computed
-        if token == _RECORDED_IN:
-            of_tapes = share * fixed.recorded + self._recorded[index] * fixed.recording
-        else:
-            of_tapes = share * self._each
-        return (1 - share) * computed + of_tapes
+        recording = self._recorded[index] * fixed.recording if token == _RECORDED_IN else 0.0
+        return (1 - share) * computed + share * self._each + recording
 
     @property
     def before_attention(self) -> float:
