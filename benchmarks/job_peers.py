@@ -17,6 +17,8 @@ tried on two cores. flexgen's policy is the one that its search finds, or that o
 Each engine runs in a process that stays open; a repeat runs each of them once, one after the other. `seconds` is the
 time of the whole job without the opening of the model. Figures are medians of the repeats, ratios medians of the
 ratios of each repeat: above 1, flexgen is faster. With --resume, the repeats are added to those in the results.
+With --profile, the runs of flexgen also have the seconds and the rate of their products by number of rows, and the
+seconds of attention.
 """
 
 from __future__ import annotations
@@ -93,7 +95,7 @@ def python_of(name: str, args: argparse.Namespace) -> str | None:
 
 def job_of(args: argparse.Namespace) -> dict[str, Any]:
     """The argument of the workers."""
-    settings = "policy", "vllm_rows", "vllm_tokens", "llama_rows", "llama_tokens", "llama_ubatch"
+    settings = "policy", "profile", "vllm_rows", "vllm_tokens", "llama_rows", "llama_tokens", "llama_ubatch"
     job = {key: getattr(args, key) for key in (*GIVEN, *settings)}
     folder = args.work_dir.resolve()
     return job | {
@@ -157,6 +159,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--policy", default="auto", help='fields of flexgen\'s policy as JSON, such as {"gpu_batch_size": 64}'
     )
+    add("--profile", action="store_true", help="time flexgen's products by number of rows, and its attention")
     add("--vllm-rows", type=int, default=64, help="max_num_seqs")
     add("--vllm-tokens", type=int, default=512, help="max_num_batched_tokens")
     add("--llama-rows", type=int, default=64, help="sequences that run together")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from job_profile import Profile
 from protocol import job, ragged_prompts, serve
 
 from flexgen import OptLM, Policy, Workload
@@ -49,7 +50,9 @@ def main() -> None:
             }
 
         model.generate(prompts[:4], 2, stop=())  # starts threads, and runs the set-up of libraries
-        serve({"version": f"torch {torch.__version__}", "policy": model.policy.to_dict()}, run)
+        opened = {"version": f"torch {torch.__version__}", "policy": model.policy.to_dict()}
+        profile = Profile() if work["profile"] else None
+        serve(opened, run if profile is None else lambda: profile.of(run))
 
 
 if __name__ == "__main__":

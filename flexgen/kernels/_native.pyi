@@ -46,15 +46,27 @@ def attend_prompt(
     v: int,
     out: int,
     lse: int,
-    shape: tuple[int, int, int, int, int, int, int],
+    shape: tuple[int, int, int, int, int, int, int, int, int],
     first: int,
     scoring: tuple[float, float, int, int],
     threads: int,
     /,
 ) -> None:
-    """`shape`: heads, kv_heads, new tokens, head_dim, tokens, and the elements of K and V between heads and between
-    tokens. q and out are (new tokens, heads, head_dim), `lse` (heads, new tokens) float32, 0 for none. `first` (new
-    tokens,): the first token of each window, int64, 0 for none. `scoring`: as for `decode_attention`."""
+    """`shape`: rows, heads, kv_heads, new tokens, head_dim, tokens, and the elements of K and V between rows, between
+    heads and between tokens. q and out are (rows, new tokens, heads, head_dim), `lse` (rows, heads, new tokens)
+    float32, 0 for none. `first` (new tokens,): the first token of each window, int64, 0 for none. `scoring`: as for
+    `decode_attention`."""
+
+def merge_parts(
+    type: int,
+    shape: tuple[int, int, int, int],
+    out: int,
+    parts: list[tuple[int, int, tuple[int, ...]]],
+    threads: int,
+    /,
+) -> None:
+    """`shape`: rows, heads, new tokens, head_dim. out (rows, new tokens, heads, head_dim) in `type`. parts: values
+    and lse (rows, heads, new tokens), both float32, and the elements of values between rows, heads and new tokens."""
 
 def choose(
     type: int,

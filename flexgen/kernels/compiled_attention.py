@@ -119,19 +119,18 @@ def prompt_compiled(
     out, lse = torch.empty_like(by_token), torch.empty(batch, heads, queries, dtype=torch.float32)
     slopes = _by_head(constants(scoring.slopes, q.device) if scoring.slopes else None, heads)
     sinks = _by_head(None if scoring.sinks is None else scoring.sinks.float().contiguous(), heads)
-    for row in range(batch):
-        native.attend_prompt(
-            NUMBERS[q.dtype],
-            by_token[row].data_ptr(),
-            k[row].data_ptr(),
-            v[row].data_ptr(),
-            out[row].data_ptr(),
-            lse[row].data_ptr(),
-            (heads, kv_heads, queries, head_dim, tokens, k.stride(1), k.stride(2)),
-            _address(first),
-            (scoring.scale, scoring.cap or 0.0, _address(slopes), _address(sinks)),
-            torch.get_num_threads(),
-        )
+    native.attend_prompt(
+        NUMBERS[q.dtype],
+        by_token.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        out.data_ptr(),
+        lse.data_ptr(),
+        (batch, heads, kv_heads, queries, head_dim, tokens, k.stride(0), k.stride(1), k.stride(2)),
+        _address(first),
+        (scoring.scale, scoring.cap or 0.0, _address(slopes), _address(sinks)),
+        torch.get_num_threads(),
+    )
     return out.transpose(1, 2), lse
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
+from flexgen.kernels.loading import NUMBERS, announce, native
+
 _FLASH_ALIGNMENT = 8
 """The size of a head in FlashAttention on a GPU is a multiple of this number of values."""
 
@@ -33,6 +35,34 @@ def merge(parts: Sequence[Partial], dtype: torch.dtype) -> Tensor:
 
     At most one part has the layer's sinks. A query that attends to no token results in zero.
     """
+    values = parts[0].values
+    if values.device.type == "cpu" and dtype in NUMBERS and values.numel() and announce():
+        return merge_natively(parts, dtype)
+    return merge_in_torch(parts, dtype)
+
+
+def merge_natively(parts: Sequence[Partial], dtype: torch.dtype) -> Tensor:
+    """`merge` with the compiled kernel. The result is stored by token, so that merging the heads is a view."""
+    rows, heads, new, head_dim = parts[0].values.shape
+    out = torch.empty(rows, new, heads, head_dim, dtype=dtype)
+    parts = [Partial(_adjacent(part.values), part.lse.contiguous()) for part in parts]
+    native.merge_parts(
+        NUMBERS[dtype],
+        (rows, heads, new, head_dim),
+        out.data_ptr(),
+        [(part.values.data_ptr(), part.lse.data_ptr(), part.values.stride()[:3]) for part in parts],
+        torch.get_num_threads(),
+    )
+    return out.transpose(1, 2)
+
+
+def _adjacent(x: Tensor) -> Tensor:
+    """x with adjacent values of a head."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def merge_in_torch(parts: Sequence[Partial], dtype: torch.dtype) -> Tensor:
+    """`merge` in torch, on every device."""
     values, lse = parts[0]
     for n, part in enumerate(parts[1:], 2):
         # NaN is the difference of two -inf. NaN in a part is also in its values, and stays.

@@ -16,6 +16,11 @@ _CELL_TOKENS = 256
 """About this number of tokens of prompts form a cell. The computation of fewer tokens is slower per token. With more,
 attention on the host has nothing to do for a longer time."""
 
+_JOINT_TOKENS = 512
+"""If no data moves between cells, one call computes those of a layer with this number of tokens at most. The weights
+are read once for all of them, and one product of many rows is faster than several of few. More rows are not faster,
+and take more memory (benchmarks/packed_linear.py)."""
+
 LEAST_RIGHT = 0.1
 """A pass computes the guesses of a batch if it may expect at least this number of right ones per row. Guesses are for
 passes that wait for data, whose arithmetic has time for more tokens, but not for an amount without a limit."""
@@ -106,6 +111,14 @@ class Passes:
         if not self.closes_up:
             most = max(most, -(-self.rows // self.batches))
         return min(most, max(self.rows, 1))
+
+    @property
+    def joint_tokens(self) -> int:
+        """The maximum number of tokens of cells that one call computes; 0 if each is computed alone.
+
+        On a device with memory of its own, the copies of a cell overlap with the computation of others.
+        """
+        return _JOINT_TOKENS if self.closes_up else 0
 
     def together(self, lengths: Sequence[int]) -> bool:
         """Whether prompts of these lengths may form a cell in which prompts enter.

@@ -219,7 +219,7 @@ class _Block:
     def _decoded(self, cache: Iterable[BatchCache]) -> Iterator[Need]:
         """The needs of decoded matrices in the model's dtype, and the temporaries of decoding."""
         placement, topology, rows = self.placement, self.target.topology, max(self._batches)
-        positions = self.passes.positions(rows)
+        positions = max(self.passes.positions(rows), self._joint)
         nbytes = [
             decoded_bytes(layer, placement)
             for layer in self.layers
@@ -244,6 +244,12 @@ class _Block:
         yield Need(Tier.GPU, "weights", "slots", cells * lookup.slot)
         yield Need(Tier.CPU, "weights", "staging", cells * lookup.staging + lookup.scratch)
         yield Need(Tier.GPU, "weights", "workspace", lookup.decoded)
+
+    @property
+    def _joint(self) -> int:
+        """The maximum number of tokens of several cells that one call computes; 0 if each is computed alone."""
+        seats, passes = sum(self._batches), self.passes
+        return min(passes.joint_tokens, seats * passes.decoded + min(passes.rows, seats) * passes.width)
 
     def _logits(self) -> list[Need]:
         """The needs of the logits of every position, which are stored in host memory."""
@@ -289,6 +295,8 @@ class _Block:
             steps.append((rows, decoded, workload.capacity + self.passes.guess))
         if self.passes.longest:
             steps.append((*prompts, workload.capacity))
+        if self._joint:  # attention is computed cell by cell
+            steps.append((1, self._joint, self._joint))
         workspace = max(
             layer.workspace_bytes(
                 some,
@@ -300,6 +308,7 @@ class _Block:
             for layer in one_of_each_kind(self.layers)
             for some, new, context in steps
         )
+        workspace += activation_bytes(self._spec, 1, self._joint, dtype)  # their hidden states as one tensor
         # Ids are chosen when the head's workspace, except the logits, is free again. With guesses, those of one token
         # of each row are copied.
         logits = rows * self._spec.vocab_size * dtype.itemsize

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from flexgen.layout.passes import Passes
 from flexgen.models.layer import AttentionLayer
 from flexgen.predict.cache_costs import CacheCosts
@@ -9,6 +11,15 @@ from flexgen.predict.fixed_costs import FixedCosts
 from flexgen.predict.loads import Load, Loads
 from flexgen.predict.placed import PlacedModel
 from flexgen.results.trace import LaneName
+
+
+class CostedCell(NamedTuple):
+    """A cell of `rows` rows, of which `attending` get a token. joint: the tokens of all cells that one call computes
+    with it, and their rows; (0, 0) if it is computed alone."""
+
+    rows: int
+    attending: int
+    joint: tuple[int, int] = (0, 0)
 
 
 class ComputeCosts:
@@ -36,15 +47,16 @@ class ComputeCosts:
         self._gathers_rows = gathers_rows
         self._fixed = fixed
 
-    def compute(self, index: int, token: int, rows: int, first: bool, attending: int) -> Loads:
+    def compute(self, index: int, token: int, cell: CostedCell, first: bool) -> Loads:
         """The computation of the layer, without the parts that PROJECT and ATTEND have computed."""
         model, span = self._model, self._passes.span(token)
+        rows, attending, _ = cell
         layer, arithmetic = model.layers[index], model.arithmetic
         if index == model.last and token < 0:
             return ()
         # The head computes the last position of a prompt only.
         new = 1 if index == model.last and token <= 0 else span.new
-        seconds = arithmetic.products(layer, rows, new, first) + self._embedded(index, rows * new)
+        seconds = self._products(index, cell, new, first) + self._embedded(index, rows * new)
         crossed = 0
         if self._splits(index, token, rows):
             assert isinstance(layer, AttentionLayer)
@@ -67,6 +79,14 @@ class ComputeCosts:
                     seconds += model.lanes.seconds(move)
         seconds += self._fixed.of_cell(index, token)
         return ((Load(LaneName.COMPUTE, crossed, seconds),),)
+
+    def _products(self, index: int, cell: CostedCell, new: int, first: bool) -> float:
+        """Seconds of the products for `new` tokens of each row: the cell's share of those of its joint cells."""
+        layer, products = self._model.layers[index], self._model.arithmetic.products
+        together = cell.joint[index == self._model.last]
+        if not together or not index:
+            return products(layer, cell.rows, new, first)
+        return products(layer, together, 1, first) * cell.rows * new / together
 
     def project(self, index: int, token: int, rows: int, first: bool) -> Loads:
         """Compute queries, keys and values, and copy those of the host's rows to the host."""

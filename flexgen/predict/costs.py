@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from flexgen.layout.plan import batch_sizes
 from flexgen.layout.weights import count_pieces
 from flexgen.policy import Policy
 from flexgen.predict.cache_costs import CacheCosts
-from flexgen.predict.compute_costs import ComputeCosts
+from flexgen.predict.compute_costs import ComputeCosts, CostedCell
 from flexgen.predict.fixed_costs import FixedCosts
 from flexgen.predict.hidden_costs import HiddenCosts
 from flexgen.predict.loads import Loads
@@ -26,11 +26,12 @@ from flexgen.predict.placed import PlacedModel
 from flexgen.predict.prefix_costs import PrefixCosts
 from flexgen.predict.timeline import Costs
 from flexgen.results.trace import LaneName
+from flexgen.schedule.admission import joint_cells
 from flexgen.schedule.orders import Order
 from flexgen.schedule.steps import Grid, Op, Step, all_steps
 from flexgen.workload import Workload
 
-_Key = tuple[Op, int, int, tuple[int, int], bool]
+_Key = tuple[Op, int, int, CostedCell, bool]
 
 
 @dataclass(frozen=True)
@@ -55,20 +56,29 @@ class CostedBlock:
 
 
 class _Pass(NamedTuple):
-    """The token of each batch in a pass, and the batch whose cost includes the decoding of weights for all batches.
+    """The token and the cell of each batch in a pass, and the batch whose cost includes the decoding of weights for
+    all batches.
 
     This batch computes the most tokens. If several do, it is the first of them. If any batch has too many rows for
     products with encoded weights, this one has.
     """
 
     tokens: Sequence[int]
+    cells: Sequence[CostedCell]
     decoding: int
 
     @classmethod
-    def of(cls, token: int | Sequence[int], batches: Sequence[int], passes: Passes) -> _Pass:
-        tokens = [token] * len(batches) if isinstance(token, int) else token
-        computed = [rows * passes.span(one).new for rows, one in zip(batches, tokens, strict=True)]
-        return cls(tokens, max(range(len(batches)), key=computed.__getitem__))
+    def of(cls, token: int | Sequence[int], cells: Sequence[CostedCell], passes: Passes) -> _Pass:
+        """passes: with `Passes.joint_tokens` if no data moves between cells."""
+        tokens = [token] * len(cells) if isinstance(token, int) else token
+        computed = [cell.rows * passes.span(one).new for cell, one in zip(cells, tokens, strict=True)]
+        most = max(range(len(cells)), key=computed.__getitem__)
+        made = list(cells)
+        for group in joint_cells(computed, passes.joint_tokens):
+            joint = sum(computed[k] for k in group), sum(cells[k].rows for k in group)
+            for k in group if len(group) > 1 else ():
+                made[k] = cells[k]._replace(joint=joint)
+        return cls(tokens, made, most)
 
 
 class StepCosts:
@@ -80,18 +90,21 @@ class StepCosts:
         self._model = model
         self._order = block.order
         batches = block.batches or batch_sizes(policy, block.prompts)
-        self._rows = list(zip(batches, block.attending or batches, strict=True))
+        self._cells = [CostedCell(*rows) for rows in zip(batches, block.attending or batches, strict=True)]
         tokens: Sequence[int | Sequence[int]] = block.tokens or every_token
-        self._passes = [_Pass.of(token, batches, passes) for token in tokens]
         self._flushing = block.flushing
         self._timed: dict[_Key, Costs] = {}
         self._prefix = PrefixCosts(model, policy, workload)
         self.alike = self._prefix.alike
         self.weight_pieces = count_pieces(model.layouts, len(batches))
-        sizes = {count for rows in self._rows for count in rows}
+        sizes = {count for rows, attending, _ in self._cells for count in (rows, attending)}
         self._cache = CacheCosts(model, policy, workload, sizes, len(tokens) == len(every_token))
         self._hidden = HiddenCosts(model, policy, passes, sizes, block.order.serial)
         gathers_rows = self._hidden.gathers_rows
+        moves = gathers_rows or any(layout.runs for layout in model.layouts)
+        closes_up = passes.rows > 0 and not moves and model.hardware.topology.closes_up(policy)
+        joint = replace(passes, closes_up=closes_up)
+        self._passes = [_Pass.of(token, self._cells, joint) for token in tokens]
         fixed = FixedCosts(model, policy, workload, batches, gathers_rows)
         splits = block.order.splits_attention
         self._computation = ComputeCosts(model, self._cache, passes, splits, gathers_rows, fixed)
@@ -109,7 +122,7 @@ class StepCosts:
     @property
     def cached_token_bytes(self) -> int:
         """The bytes of one token of a batch of the first size in the cache, in all layers."""
-        rows, _ = self._rows[0]
+        rows = self._cells[0].rows
         cells = (n for n in self._model.alike.cells if self._model.layers[n].has_cache)
         return sum(s.token_bytes(1) for n in cells for s in self._cache.layout(n, rows).segments)
 
@@ -140,7 +153,7 @@ class StepCosts:
         counts: Counter[_Key] = Counter()
         steps: dict[_Key, Step] = {}
         splits = self._order.splits_attention
-        for step in all_steps(Grid(1, 1, len(self._rows), self.weight_pieces, splits_attention=splits)):
+        for step in all_steps(Grid(1, 1, len(self._cells), self.weight_pieces, splits_attention=splits)):
             weights = step.op is Op.LOAD_WEIGHTS
             for layer in layers if weights else alike:
                 one = Step(step.op, 0, layer, step.batch)
@@ -150,28 +163,30 @@ class StepCosts:
         return [(step, counts[key]) for key, step in steps.items()]
 
     def _key(self, step: Step) -> _Key:
-        """The values that a step's work depends on: (op, layer, token or piece, (rows, rows with a token), flag).
+        """The values that a step's work depends on: (op, layer, token or piece, cell, flag).
 
         flag: for computation, whether the batch decodes weights for those of its visit; for a store of cache, whether
             the token represents those that write pages.
         """
         op, i, j, k = step
         if op is Op.LOAD_WEIGHTS:
-            return op, self.alike.weights[j], k, (0, 0), False
-        token = self._passes[i].tokens[k]
+            return op, self.alike.weights[j], k, CostedCell(0, 0), False
+        token, cell = self._passes[i].tokens[k], self._cells[k]
         match op:
             case Op.LOAD_HIDDEN | Op.STORE_HIDDEN:  # equal between any two layers
                 layer = j if j == self._model.last else min(j, 1)
-                return op, layer, token, self._rows[k], False
+                return op, layer, token, cell, False
             case Op.COMPUTE | Op.PROJECT:
-                return op, self._model.alike.cells[j], token, self._rows[k], k == self._passes[i].decoding
+                cell = self._passes[i].cells[k]
+                return op, self._model.alike.cells[j], token, cell, k == self._passes[i].decoding
             case Op.STORE_CACHE:
-                return op, self._model.alike.cells[j], token, self._rows[k], i in self._flushing
+                return op, self._model.alike.cells[j], token, cell, i in self._flushing
             case _:
-                return op, self._model.alike.cells[j], token, self._rows[k], False
+                return op, self._model.alike.cells[j], token, cell, False
 
     def _loads(self, key: _Key) -> Loads:
-        op, layer, token, (rows, attending), flag = key
+        op, layer, token, cell, flag = key
+        rows, attending, _ = cell
         match op:
             case Op.LOAD_WEIGHTS:
                 weights = self._model.load_weights(layer, token, self.weight_pieces)
@@ -187,7 +202,7 @@ class StepCosts:
             case Op.LOAD_ATTENTION:
                 return self._computation.load_attention(layer, token, rows)
             case Op.COMPUTE:
-                return self._computation.compute(layer, token, rows, flag, attending)
+                return self._computation.compute(layer, token, cell, flag)
             case Op.STORE_HIDDEN:
                 return self._hidden.store(layer, token, rows)
             case Op.STORE_CACHE:

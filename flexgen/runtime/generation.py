@@ -70,18 +70,31 @@ class Generation:
 
     @cached_property
     def idle(self) -> frozenset[Place]:
-        others = (j for layers in self._joined.values() for j in layers[1:])
-        return self._without_work | {Place(Op.COMPUTE, j, 0) for j in others}
+        included = {Place(Op.COMPUTE, j, 0) for layers in self._joined.values() for j in layers[1:]}
+        batches = [k for cells in self._joint.values() for k in cells[1:]]
+        included |= {Place(Op.COMPUTE, j, k) for j in range(1, self.grid.layers) for k in batches}
+        return self._without_work | included
 
     def steps(self, order: Order) -> Iterator[Step]:
         """The steps of the order. It may leave out idle ones."""
-        if not self._computes_only:
+        if not (self._computes_only or self._joint):
             return order(self.grid)
-        # In all orders, the same steps are not idle, and each needs the one before. There are few of them: an order
+        # In all orders, the same steps are not idle, and each needs one before it. There are few of them: an order
         # would take longer to yield the others than the loop to issue these.
-        layers = [j for j in range(self.grid.layers) if Place(Op.COMPUTE, j, 0) not in self.idle]
-        each = [*((Op.COMPUTE, j) for j in layers), (Op.STORE_HIDDEN, self.grid.layers - 1)]
-        return (Step(op, i, j) for i in range(self.grid.tokens) for op, j in each)
+        head, batches = self.grid.layers - 1, range(self.grid.batches)
+        each = [Place(Op.COMPUTE, j, k) for j in range(head) for k in batches]
+        each += [Place(op, head, k) for k in batches for op in (Op.COMPUTE, Op.STORE_HIDDEN)]
+        each = [place for place in each if place not in self.idle]
+        return (Step(op, i, j, k) for i in range(self.grid.tokens) for op, j, k in each)
+
+    @cached_property
+    def _joint(self) -> Mapping[int, range]:
+        """The cells of a layer that are computed in one call, by the first of them. Embeddings are computed alone."""
+        if self.grid.batches == 1 or not self._prompts.by_place or not self._moves_nothing:
+            return {}
+        if any(map(self._output.wants_hidden, range(self.grid.layers))):
+            return {}
+        return {cells.start: cells for cells in self._prompts.joint_cells if len(cells) > 1}
 
     @cached_property
     def _joined(self) -> Mapping[int, range]:
@@ -114,11 +127,16 @@ class Generation:
 
         With several batches, a layer computes all of them while its weights may be in a cache.
         """
-        if self.grid.batches > 1 or self.grid.splits_attention:
+        return self.grid.batches == 1 and self._moves_nothing
+
+    @cached_property
+    def _moves_nothing(self) -> bool:
+        """Whether no data moves in the run, except for new ids."""
+        if self.grid.splits_attention:
             return False
-        steps = all_steps(replace(self.grid, tokens=1))
+        steps, head = all_steps(replace(self.grid, tokens=1)), self.grid.layers - 1
         moves = {Place(op, j, k) for op, _, j, k in steps if op is not Op.COMPUTE} - self._without_work
-        return moves == {Place(Op.STORE_HIDDEN, self.grid.layers - 1, 0)}
+        return moves == {Place(Op.STORE_HIDDEN, head, k) for k in range(self.grid.batches)}
 
     @cached_property
     def _without_work(self) -> frozenset[Place]:
@@ -175,6 +193,9 @@ class Generation:
                 return self._attention(op, cell) if self._splits(cell) else ()
             case _ if layers := self._joined.get(j):
                 return ((Stage(LaneName.COMPUTE, partial(self._runner.compute_joined, cell, layers)),),)
+            case _ if j and (batches := self._joint.get(k)):
+                cells = [self._bind(step._replace(batch=n)) for n in batches]
+                return ((Stage(LaneName.COMPUTE, partial(self._runner.compute_joint, cells)),),)
             case _:
                 work = self._runner.finish if self._splits(cell) else self._runner.compute
                 return ((Stage(LaneName.COMPUTE, partial(work, cell)),),)
@@ -183,6 +204,9 @@ class Generation:
         """The events of the run, with one event for each of the cells that were computed in one call."""
         for event in events:
             op, number, first, k = event.step
+            if op is Op.COMPUTE and first and k in self._joint:
+                yield from self._divided(event)
+                continue
             if op is not Op.COMPUTE or first not in self._joined:
                 yield event
                 continue
@@ -192,16 +216,30 @@ class Generation:
                 start, end = end, event.end if j == layers[-1] else event.start + seconds
                 yield Event(Step(op, number, j, k), event.lane, start, end)
 
+    def _divided(self, event: Event) -> Iterator[Event]:
+        """The event of joint cells as one for each of them, in proportion to their tokens."""
+        cells = self._joint[event.step.batch]
+        tokens = [self._prompts.tokens[k] for k in cells]
+        each, end = (event.end - event.start) / sum(tokens), event.start
+        for k, count in zip(cells, tokens, strict=True):
+            start, end = end, event.end if k == cells[-1] else end + each * count
+            yield Event(event.step._replace(batch=k), event.lane, start, end)
+
     def _cell(self, step: Step) -> BoundCell:
         """The cell of a step: one object for all consecutive steps of a cell in its slot."""
         _, i, j, k = step
         slot, number = self.grid.cell_slot(i, j, k), self.first + i
         cell = self._cells.get(slot)
         if cell is None or (cell.number, cell.layer, cell.batch) != (number, j, k):
-            cell = self._prompts.cell(number, j, k, slot)
-            if prefix := self._prefix_of(j):
-                cell = replace(cell, prefix=prefix.pages(j, self._model.weights.turns.slot(number, j)))
-            self._cells[slot] = cell
+            cell = self._cells[slot] = self._bind(step)
+        return cell
+
+    def _bind(self, step: Step) -> BoundCell:
+        _, i, j, k = step
+        number = self.first + i
+        cell = self._prompts.cell(number, j, k, self.grid.cell_slot(i, j, k))
+        if prefix := self._prefix_of(j):
+            cell = replace(cell, prefix=prefix.pages(j, self._model.weights.turns.slot(number, j)))
         return cell
 
     def _prefix_of(self, layer: int) -> SharedPrefix | None:

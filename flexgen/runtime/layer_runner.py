@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -19,6 +20,7 @@ from flexgen.models.spec import RopeSpec
 from flexgen.runtime.attention_outputs import OnDevice
 from flexgen.runtime.buffers import BlockBuffers
 from flexgen.runtime.cell import BoundCell
+from flexgen.runtime.joint_cells import JointCells
 from flexgen.runtime.kvcache import KVCache
 from flexgen.runtime.model import Model
 from flexgen.runtime.prompts import Prompts
@@ -134,6 +136,17 @@ class LayerRunner:
         if isinstance(layer, Head) and keeps_hidden:
             self._output.keep_hidden(cell, layer.final(x, weights))
         self._keep(cell, layer.forward(x, weights, self._context(cell)))
+
+    # Several cells
+
+    def compute_joint(self, cells: Sequence[BoundCell]) -> None:
+        """Compute cells of a layer in one call. No data of theirs moves."""
+        layer = self._model.layers[cells[0].layer]
+        joint = JointCells([self._context(cell) for cell in cells], isinstance(layer, Head))
+        x = joint.join([self._input(cell) for cell in cells])
+        y = layer.forward(x, self._weights(cells[0]), joint)
+        for cell, own in zip(cells, joint.divide(y), strict=True):
+            self._keep(cell, own)
 
     # Several layers
 

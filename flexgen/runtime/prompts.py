@@ -25,7 +25,7 @@ from flexgen.runtime.compaction import Moved, Reseated
 from flexgen.runtime.guesses import Guesses
 from flexgen.runtime.prompt_ids import PromptIds
 from flexgen.runtime.seating import Seating
-from flexgen.schedule.admission import between, closed_up, entry_cells, movers, reseated
+from flexgen.schedule.admission import between, closed_up, entry_cells, joint_cells, movers, reseated
 
 
 class Prompts:
@@ -143,6 +143,16 @@ class Prompts:
     def batch(self, cell: int) -> Batch:
         """The batch, or the part of one, that a cell of a layer computes."""
         return self._cells[cell].batch
+
+    @property
+    def joint_cells(self) -> list[range]:
+        """The cells of a layer that one call computes if no data moves between cells."""
+        return joint_cells(self.tokens, self._passes.joint_tokens)
+
+    @property
+    def tokens(self) -> list[int]:
+        """The number of tokens of each cell of a layer in a pass in which prompts enter by place."""
+        return [own.ids[0].numel() if own.room is None else len(own.rows) for *_, own in self._cells]
 
     @property
     def first(self) -> int:

@@ -178,3 +178,20 @@ def between(decoding: Sequence[_T], entering: Sequence[_T]) -> list[_T]:
         for n, cell in enumerate(some)
     ]
     return [cell for *_, cell in sorted(cells, key=lambda cell: cell[:3])]
+
+
+def joint_cells(tokens: Sequence[int], most: int) -> list[range]:
+    """The cells of a layer that one call computes: consecutive ones with at most `most` tokens, or a larger cell.
+
+    tokens: the number of tokens of each cell.
+    """
+    groups: list[range] = []
+    count = 0
+    for n, own in enumerate(tokens):
+        count += own
+        if groups and count <= most:
+            groups[-1] = range(groups[-1].start, n + 1)
+        else:
+            groups.append(range(n, n + 1))
+            count = own
+    return groups

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from flexgen.kernels.attention import decode_attention, decode_part, part_in_torch
 from flexgen.kernels.heads import GroupwiseHeads, PlainHeads
-from flexgen.kernels.partial import Partial, merge
+from flexgen.kernels.partial import Partial, merge, merge_in_torch
 from flexgen.kernels.scoring import Scoring, Window
 from flexgen.quant.codecs.fp8 import FP8Heads
 
@@ -42,6 +42,10 @@ def random_cache(form, rows, kv_heads, group, length):
     q = torch.randn(rows, kv_heads * group, 1, DIM, generator=generator).to(dtype)
     k, v = torch.randn(2, rows, kv_heads, length, DIM, generator=generator).to(dtype)
     return q, k, v
+
+
+def merger(version):
+    return merge_in_torch if version == "torch" else merge
 
 
 @relaxed
@@ -90,7 +94,7 @@ def test_parts_merge_to_decode_attention(
         values, lse = torch.zeros_like(late.values), torch.full_like(late.lse, -math.inf)
         values[early], lse[early] = found
         parts.append(Partial(values, lse))
-    torch.testing.assert_close(merge(parts, q.dtype), expected, rtol=0, atol=limit)
+    torch.testing.assert_close(merger(version)(parts, q.dtype), expected, rtol=0, atol=limit)
 
 
 @relaxed
@@ -120,7 +124,7 @@ def test_attention_cut_anywhere_is_that_of_the_whole(
     products = q.double() @ keys.mT / math.sqrt(DIM)
     products.masked_fill_(torch.arange(length) < starts[:, None, None, None], -math.inf)
     expected = products.softmax(-1) @ values
-    torch.testing.assert_close(merge(parts, torch.float32).double(), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(merger(version)(parts, torch.float32).double(), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -153,4 +157,30 @@ def test_a_row_of_padding_only_weighs_nothing(version):
     assert (lse[0] == -math.inf).all()
     assert values[1].all()
     assert lse[1].isfinite().all()
-    assert merge([Partial(values, lse), Partial(values, lse)], torch.float32).equal(values)
+    assert merger(version)([Partial(values, lse), Partial(values, lse)], torch.float32).equal(values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [64, 20])
+def test_parts_of_any_layout_merge_by_the_sums_of_their_exponentials(version, dtype, head_dim):
+    """Several new tokens of a row; values by head and by token, and a part whose values are not adjacent."""
+    shape = 2, 3, 5
+    by_head = torch.randn(*shape, head_dim)
+    by_token = torch.randn(2, 5, 3, head_dim).transpose(1, 2)
+    apart = torch.randn(*shape, 2 * head_dim)[..., ::2]
+    parts = [Partial(values, 3 * torch.randn(shape)) for values in (by_head, by_token, apart)]
+    parts[1].lse[0, 1, 2] = -math.inf
+    weights = torch.stack([part.lse for part in parts]).double().softmax(0).unsqueeze(-1)
+    expected = sum(weight * part.values.double() for weight, part in zip(weights, parts, strict=True))
+    merged = merger(version)(parts, dtype)
+    assert merged.dtype is dtype
+    torch.testing.assert_close(merged, expected.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_what_is_no_number_stays(version):
+    values, lse = torch.ones(1, 2, 1, 16), torch.zeros(1, 2, 1)
+    broken = Partial(values.clone(), lse.clone())
+    broken.values[0, 1], broken.lse[0, 1] = math.nan, math.nan
+    merged = merger(version)([Partial(values, lse), broken], torch.float32)
+    assert merged[0, 1].isnan().all()
+    assert merged[0, 0].equal(values[0, 0])

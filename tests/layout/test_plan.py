@@ -574,3 +574,20 @@ def test_prompts_that_enter_at_a_rate_take_the_memory_of_their_cells():
         for what in "activations", "cache", "weights":
             assert needed(slow, Tier.GPU, what, role) <= needed(policy, Tier.GPU, what, role)
     assert needed(slow, Tier.CPU, "cache", "workspace") == 0, "no rows move together"
+
+
+def test_joint_cells_take_the_workspace_of_all_their_tokens():
+    """On a CPU, one call computes six rows that decode and prompts of 40 tokens, up to 512 tokens."""
+    policy = Policy(gpu_batch_size=6, cache={"cpu": 100}, activations={"gpu": 100}, prefill_rows=6)
+    placement = place_weights(LAYERS, policy.weights, torch.float16)
+
+    def workspace(prompts, width):
+        plan = plan_memory(LAYERS, placement, policy, Target(SHARED), Workload(width, 4, prompts))
+        return sum(n.nbytes for n in plan.needs if (n.what, n.role) == ("activations", "workspace"))
+
+    def joint(tokens):
+        layers = (layer.workspace_bytes(1, tokens, tokens, torch.float16, HOST) for layer in LAYERS[:-1])
+        return max(layers) + tokens * 2 * SPEC.hidden_size
+
+    assert workspace(6, 40) >= joint(6 * 40 + 6)
+    assert workspace(6, 400) >= joint(512)

@@ -264,6 +264,24 @@ def test_computation_by_hand(configs, machine):
     assert compute(costs, 0, 5).seconds == compute(costs, 1, 5).seconds
 
 
+@pytest.mark.parametrize(("weights", "joint"), [("cpu", True), ("disk", False)])
+def test_one_product_of_the_rows_that_decode_and_a_prompt_that_enters(weights, joint, configs, host):
+    """Two rows and a prompt of six tokens fill the ridge of 8 rows together, if no data moves between their cells."""
+    policy = Policy(
+        gpu_batch_size=2, prefill_rows=1, weights={weights: 100}, cache={"cpu": 100}, activations={"gpu": 100},
+    )  # fmt: skip
+    spec, _ = open_model(configs["opt"], "dummy")
+    layers = build_layers(spec, policy.sep_layer)
+    placement = place_weights(layers, policy.weights, torch.float32)
+    block = CostedBlock(3, ORDERS["overlap_multi_batch"], [(1, 0)], batches=[2, 1])
+    costs = StepCosts(PlacedModel(layers, placement, host()), policy, Workload(6, 4, 8), block)
+    for batch, tokens in enumerate((2, 6)):
+        rate = 1e9 if joint else tokens / 8 * 1e9
+        assert compute(costs, 0, 2, batch).seconds == pytest.approx(1e-4 + 2 * tokens * 2 * 64 * 192 / rate)
+    rate = (3 if joint else 2) / 8 * 1e9  # the head computes one position of the prompt
+    assert compute(costs, 0, 5).seconds == pytest.approx(1e-4 + 2 * 2 * 64 * VOCABULARY / rate)
+
+
 def test_what_is_done_to_each_number(configs, machine):
     """Two rows: four projections of 64 x 64, an MLP of 64 x 192, both ends of the model."""
     policy = Policy(gpu_batch_size=2)

@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexgen.schedule.admission import between, closed_up, entry_cells, gathered, regrouped, reseated
+from flexgen.schedule.admission import (
+    between,
+    closed_up,
+    entry_cells,
+    gathered,
+    joint_cells,
+    regrouped,
+    reseated,
+)
 
 BATCHES = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
 
@@ -146,3 +154,12 @@ def test_cells_are_spread_evenly(many: int, few: int) -> None:
     assert [n for n in mixed if n >= 100] == list(range(100, 100 + few))
     at = [place for place, n in enumerate(mixed) if n >= 100]
     assert all(b - a >= many // few for a, b in pairwise(at))
+
+
+@given(tokens=st.lists(st.integers(1, 20), max_size=12), most=st.integers(0, 30))
+def test_joint_cells_are_as_many_consecutive_ones_as_fit(tokens: list[int], most: int) -> None:
+    groups = joint_cells(tokens, most)
+    assert [n for group in groups for n in group] == list(range(len(tokens)))
+    sizes = [sum(tokens[n] for n in group) for group in groups]
+    assert all(size <= most or len(group) == 1 for size, group in zip(sizes, groups, strict=True))
+    assert all(size + tokens[after.start] > most for size, after in zip(sizes, groups[1:], strict=False))

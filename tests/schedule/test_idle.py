@@ -96,3 +96,46 @@ def test_the_needs_of_runs_with_different_numbers_of_cells_are_kept():
     grids = [Grid(tokens=1, layers=3, batches=cells) for cells in range(1, 17)]
     made = [busy_steps(grid, frozenset()) for grid in grids]
     assert all(busy_steps(grid, frozenset()) is busy for grid, busy in zip(grids, made, strict=True))
+
+
+@given(
+    layers=st.integers(2, 4),
+    batches=st.integers(2, 5),
+    cell_slots=st.integers(1, 4),
+    data=st.data(),
+)
+def test_a_computation_of_several_batches_waits_for_what_each_of_them_needs(
+    layers, batches, cell_slots, data
+):
+    grid = Grid(tokens=7, layers=layers, batches=batches, cell_slots=cell_slots)
+    included = data.draw(st.sets(st.integers(1, batches - 1)))
+    ids = {Place(Op.STORE_HIDDEN, layers - 1, k) for k in range(batches)}
+    idle = {place(step) for step in all_steps(grid) if step.op is not Op.COMPUTE} - ids
+    before = BusySteps(grid, frozenset(idle))
+    after = BusySteps(
+        grid, frozenset(idle | {Place(Op.COMPUTE, j, k) for j in range(1, layers) for k in included})
+    )
+
+    def including(step):
+        while step.op is Op.COMPUTE and step.layer and step.batch in included:
+            step = step._replace(batch=step.batch - 1)
+        return step
+
+    expected: dict[Step, set[Step]] = {}
+    for step in all_steps(grid):
+        if place(step) not in idle:
+            expected.setdefault(including(step), set()).update(map(including, before.needs(step)))
+    for step, needed in expected.items():
+        # Each batch has a result of its own, so that the computation waits for no store of another batch of its own.
+        own = {other for other in needed if including(other._replace(op=Op.COMPUTE)) == step}
+        assert set(after.needs(step)) == needed - own
+
+
+def test_a_computation_of_several_batches_needs_no_store_of_its_own():
+    grid = Grid(tokens=2, layers=3, batches=3, cell_slots=2)
+    ids = {Place(Op.STORE_HIDDEN, 2, k) for k in range(3)}
+    idle = {place(step) for step in all_steps(grid) if step.op is not Op.COMPUTE} - ids
+    busy = BusySteps(grid, frozenset(idle | {Place(Op.COMPUTE, j, k) for j in (1, 2) for k in (1, 2)}))
+    assert set(busy.needs(Step(Op.COMPUTE, 0, 1, 0))) == {Step(Op.COMPUTE, 0, 0, k) for k in range(3)}
+    assert set(busy.needs(Step(Op.COMPUTE, 0, 2, 0))) == {Step(Op.COMPUTE, 0, 1, 0)}
+    assert set(busy.needs(Step(Op.STORE_HIDDEN, 0, 2, 1))) == {Step(Op.COMPUTE, 0, 2, 0)}

@@ -245,10 +245,9 @@ inline float log_sum_exp(const Attention &job, int64_t head, float maximum, floa
 
 template <class T>
 TARGET void write(T *out, const float *sum, float factor, int64_t dim) {
-    for (int64_t at = 0; at < dim; at += LANES) {
-        const int64_t count = std::min<int64_t>(LANES, dim - at);
-        store_part(out + at, load_part(sum + at, count) * factor, count);
-    }
+    int64_t at = 0;
+    for (; at + LANES <= dim; at += LANES) store(out + at, load(sum + at) * factor);
+    if (at < dim) store_part(out + at, load_part(sum + at, dim - at) * factor, dim - at);
 }
 
 // Write the result of query n of an item, from the sums over its tokens.
@@ -297,7 +296,7 @@ TARGET void attend(Attention &job) {
             if (block.first) {
                 const auto at = [&](int h) { return (const T *)job.q + job.place(block.item, first + h) * dim; };
                 begin_task<K>(parts[n], at, pass);
-                begin_positions(parts[n], job, block.item, first);
+                if (pass.adjusts || later) begin_positions(parts[n], job, block.item, first);
             }
             // The first set of queries prefetches for all.
             attend_heads<K>(block, more && n == 0 ? &next : nullptr, parts[n], pass);

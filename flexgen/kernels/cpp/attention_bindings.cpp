@@ -2,6 +2,7 @@
 #include "bindings.h"
 
 #include <algorithm>
+#include <deque>
 #include <memory>
 #include <stdexcept>
 
@@ -165,38 +166,76 @@ PyObject *py_attend_prefix(PyObject *, PyObject *args) {
 
 PyObject *py_attend_prompt(PyObject *, PyObject *args) {
     int type, threads;
-    long long q, k, v, out, lse, heads, kv_heads, fresh, head_dim, tokens, head_stride, token_stride, first, slopes, sinks;
-    PrefixAttention job;
-    if (!PyArg_ParseTuple(args, "iLLLLL(LLLLLLL)L(ffLL)i", &type, &q, &k, &v, &out, &lse, &heads, &kv_heads, &fresh,
-                          &head_dim, &tokens, &head_stride, &token_stride, &first, &job.scale, &job.cap, &slopes, &sinks,
+    long long q, k, v, out, lse, rows, heads, kv_heads, fresh, head_dim, tokens, row_stride, head_stride, token_stride;
+    long long first, slopes, sinks;
+    float scale, cap;
+    if (!PyArg_ParseTuple(args, "iLLLLL(LLLLLLLLL)L(ffLL)i", &type, &q, &k, &v, &out, &lse, &rows, &heads, &kv_heads,
+                          &fresh, &head_dim, &tokens, &row_stride, &head_stride, &token_stride, &first, &scale, &cap,
+                          &slopes, &sinks, &threads))
+        return nullptr;
+    const int64_t before = tokens - fresh, item = element_bytes((Type)type);
+    std::deque<PrefixAttention> jobs(rows);  // each is a row
+    for (int64_t row = 0; row < rows; ++row) {
+        PrefixAttention &job = jobs[row];
+        const int64_t new_bytes = row * fresh * heads * head_dim * item, cached_bytes = row * row_stride * item;
+        job.type = (Type)type;
+        job.q = (const char *)q + new_bytes;
+        job.k = (const char *)k + cached_bytes;
+        job.v = (const char *)v + cached_bytes;
+        job.prompt_out = (char *)out + new_bytes;
+        job.out = nullptr;
+        job.lse = lse ? (float *)lse + row * heads * fresh : nullptr;
+        job.rows = 1;
+        job.heads = heads;
+        job.kv_heads = kv_heads;
+        job.fresh = fresh;
+        job.head_dim = head_dim;
+        job.tokens = job.split_tokens = tokens;
+        job.head_stride = head_stride;
+        job.token_stride = token_stride;
+        job.first = (const int64_t *)first;
+        job.positions = &before;
+        job.scale = scale;
+        job.cap = cap;
+        job.slopes = (const float *)slopes;
+        job.sinks = (const float *)sinks;
+        job.causal = true;
+        job.task_queries = PROMPT_QUERIES;
+    }
+    const Variant *now = variant;
+    const int64_t work = rows * heads * fresh * tokens * head_dim / 4;
+    const auto attend = [&] {
+        run_on_threads(useful_threads(threads, work), [&jobs, now] {
+            for (PrefixAttention &job : jobs) now->attend_prefix(job);
+        });
+    };
+    if (!run_once(attend)) return nullptr;
+    Py_RETURN_NONE;
+}
+
+PyObject *py_merge_parts(PyObject *, PyObject *args) {
+    PartsMerge job;
+    int type, threads;
+    long long rows, heads, fresh, head_dim, out;
+    PyObject *parts;
+    if (!PyArg_ParseTuple(args, "i(LLLL)LO!i", &type, &rows, &heads, &fresh, &head_dim, &out, &PyList_Type, &parts,
                           &threads))
         return nullptr;
-    const int64_t before = tokens - fresh;
     job.type = (Type)type;
-    job.q = (const void *)q;
-    job.k = (const void *)k;
-    job.v = (const void *)v;
-    job.prompt_out = (void *)out;
-    job.out = nullptr;
-    job.lse = (float *)lse;
-    job.rows = 1;
     job.heads = heads;
-    job.kv_heads = kv_heads;
     job.fresh = fresh;
     job.head_dim = head_dim;
-    job.tokens = job.split_tokens = tokens;
-    job.head_stride = head_stride;
-    job.token_stride = token_stride;
-    job.first = (const int64_t *)first;
-    job.positions = &before;
-    job.slopes = (const float *)slopes;
-    job.sinks = (const float *)sinks;
-    job.causal = true;
-    job.task_queries = PROMPT_QUERIES;
-    const Variant *now = variant;
-    const int64_t work = job.queries() * kv_heads * tokens * head_dim / 4;
-    const auto attend = [&] { run_on_threads(useful_threads(threads, work), [&job, now] { now->attend_prefix(job); }); };
-    if (!run_once(attend)) return nullptr;
+    job.out = (void *)out;
+    for (Py_ssize_t n = 0; n < PyList_GET_SIZE(parts); ++n) {
+        long long values, lse, row, head, token;
+        if (!PyArg_ParseTuple(PyList_GET_ITEM(parts, n), "LL(LLL)", &values, &lse, &row, &head, &token)) return nullptr;
+        job.parts.push_back({(const float *)values, (const float *)lse, row, head, token});
+    }
+    const int64_t token_bytes = (int64_t)job.parts.size() * heads * head_dim * (int64_t)sizeof(float);
+    const auto merge = [&, kernel = variant->merge_parts] {
+        by_rows(rows * fresh, token_bytes, threads, [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
+    };
+    if (!run_once(merge)) return nullptr;
     Py_RETURN_NONE;
 }
 

@@ -83,6 +83,7 @@ const Variant avx2_variant = {
     avx2::sparse::attend_chosen_any,
     avx2::norms::normalise_any,
     avx2::rotation::rotate_any,
+    avx2::elementwise::merge_parts_any,
     avx2::elementwise::silu_product_any,
     avx2::elementwise::add_any,
     avx2::largest::find_any,

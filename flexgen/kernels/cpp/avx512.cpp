@@ -29,6 +29,7 @@ const Variant avx512_variant = {
     avx512::sparse::attend_chosen_any,
     avx512::norms::normalise_any,
     avx512::rotation::rotate_any,
+    avx512::elementwise::merge_parts_any,
     avx512::elementwise::silu_product_any,
     avx512::elementwise::add_any,
     avx512::largest::find_any,

@@ -34,6 +34,7 @@ const Variant avx512_bf16_variant = {
     avx512_bf16::sparse::attend_chosen_any,
     avx512_bf16::norms::normalise_any,
     avx512_bf16::rotation::rotate_any,
+    avx512_bf16::elementwise::merge_parts_any,
     avx512_bf16::elementwise::silu_product_any,
     avx512_bf16::elementwise::add_any,
     avx512_bf16::largest::find_any,

@@ -98,6 +98,7 @@ const Variant baseline_variant = {
     baseline::sparse::attend_chosen_any,
     baseline::norms::normalise_any,
     baseline::rotation::rotate_any,
+    baseline::elementwise::merge_parts_any,
     baseline::elementwise::silu_product_any,
     baseline::elementwise::add_any,
     baseline::largest::find_any,

@@ -51,6 +51,7 @@ inline bool integers(PyObject *list, std::vector<int64_t> &out) {
 PyObject *py_decode_attention(PyObject *, PyObject *args);
 PyObject *py_attend_prefix(PyObject *, PyObject *args);
 PyObject *py_attend_prompt(PyObject *, PyObject *args);
+PyObject *py_merge_parts(PyObject *, PyObject *args);
 PyObject *py_choose(PyObject *, PyObject *args);
 PyObject *py_attend_chosen(PyObject *, PyObject *args);
 PyObject *py_packed_linear(PyObject *, PyObject *args);

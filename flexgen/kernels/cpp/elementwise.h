@@ -43,6 +43,44 @@ TARGET void narrow(const float *from, T *to, int64_t count) {
     if (i < count) store_part(to + i, load_part(from + i, count - i), count - i);
 }
 
+// A part weighs as much as the sum of the exponentials of its scores. A query that attends to no token results in zero.
+template <class T>
+TARGET void merge_parts(const PartsMerge &job, int64_t begin, int64_t end) {
+    const int64_t dim = job.head_dim;
+    std::vector<float> weights(job.parts.size());
+    for (int64_t token = begin; token < end; ++token) {
+        const int64_t row = token / job.fresh, n = token % job.fresh;
+        for (int64_t head = 0; head < job.heads; ++head) {
+            const int64_t place = (row * job.heads + head) * job.fresh + n;
+            float largest = -INFINITY, total = 0.0f;
+            for (const auto &part : job.parts) largest = std::max(largest, part.lse[place]);
+            for (size_t i = 0; i < weights.size(); ++i) {
+                const float lse = job.parts[i].lse[place];
+                weights[i] = lse == largest ? 1.0f : std::exp(lse - largest);  // 1 also for no token, whose values are 0
+                total += weights[i];
+            }
+            T *out = (T *)job.out + (token * job.heads + head) * dim;
+            for (int64_t at = 0; at < dim; at += LANES) {
+                const int64_t count = std::min<int64_t>(LANES, dim - at);
+                Vec sum = {};
+                for (size_t i = 0; i < weights.size(); ++i) {
+                    const auto &part = job.parts[i];
+                    const float *from = part.values + row * part.row_stride + head * part.head_stride +
+                                        n * part.token_stride + at;
+                    sum = fma(count < LANES ? load_part(from, count) : load(from), splat(weights[i] / total), sum);
+                }
+                count < LANES ? store_part(out + at, sum, count) : store(out + at, sum);
+            }
+        }
+    }
+}
+
+void merge_parts_any(const PartsMerge &job, int64_t begin, int64_t end) {
+    if (job.type == Type::float32) return merge_parts<float>(job, begin, end);
+    if (job.type == Type::bfloat16) return merge_parts<Bf16>(job, begin, end);
+    merge_parts<Half>(job, begin, end);
+}
+
 void add_any(Type type, void *out, const void *x, int64_t begin, int64_t end) {
     if (type == Type::float32) return add((float *)out + begin, (const float *)x + begin, end - begin);
     if (type == Type::bfloat16) return add((Bf16 *)out + begin, (const Bf16 *)x + begin, end - begin);

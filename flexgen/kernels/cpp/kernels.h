@@ -247,6 +247,18 @@ struct Rotation {
     const void *factors;  // (rows, 4, half): cos, cos, -sin, sin
 };
 
+// Attention over all tokens, from attention over parts of them (flexgen/kernels/partial.py).
+struct PartsMerge {
+    struct Part {
+        const float *values, *lse;  // lse (rows, heads, fresh)
+        int64_t row_stride, head_stride, token_stride;  // of values
+    };
+    Type type;  // of out
+    int64_t heads, fresh, head_dim;
+    std::vector<Part> parts;
+    void *out;  // (rows, fresh, heads, head_dim)
+};
+
 // y = silu(gate) * up, row by row. y may be gate.
 struct SiluProduct {
     Type type;  // bfloat16 or float16
@@ -315,6 +327,7 @@ struct Variant {
     void (*attend_chosen)(Chosen &);
     void (*rms_norm)(const RmsNorm &, int64_t begin, int64_t end);  // rows
     void (*rotate)(const Rotation &, int64_t begin, int64_t end);  // rows
+    void (*merge_parts)(const PartsMerge &, int64_t begin, int64_t end);  // new tokens of all rows
     void (*silu_product)(const SiluProduct &, int64_t begin, int64_t end);  // rows
     void (*add)(Type, void *out, const void *x, int64_t begin, int64_t end);  // out += x, elements
     void (*largest)(const Largest &, int64_t begin, int64_t end);  // rows

@@ -56,8 +56,9 @@ inline bool by_dots(const PackedLinear &job) {
 #endif
 }
 
-// Whether the rows of x fill nine tenths of the lanes of two or more vectors, if each lane is a row.
-inline bool fills_lanes(int64_t rows) { return rows > LANES && 10 * rows >= 9 * whole(rows, LANES); }
+// Whether the rows of x fill nine tenths of the lanes of two or more vectors, if each lane is a row. The last vector may be
+// half a vector.
+inline bool fills_lanes(int64_t rows) { return rows > LANES && 10 * rows >= 9 * whole(rows, LANES / 2); }
 
 inline Method method_of(const PackedLinear &job) {
     const Range *range = by_dots(job) ? (job.bits == 4 ? INT4_BY_DOTS : INT8_BY_DOTS) : job.bits == 16 ? HALVES : INTEGERS;

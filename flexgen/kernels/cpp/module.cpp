@@ -106,6 +106,7 @@ PyMethodDef METHODS[] = {
     {"choose", py_choose, METH_VARARGS, nullptr},
     {"attend_prefix", py_attend_prefix, METH_VARARGS, nullptr},
     {"attend_prompt", py_attend_prompt, METH_VARARGS, nullptr},
+    {"merge_parts", py_merge_parts, METH_VARARGS, nullptr},
     {"attend_chosen", py_attend_chosen, METH_VARARGS, nullptr},
     {"quantise", py_quantise, METH_VARARGS, nullptr},
     {"dequantise", py_dequantise, METH_VARARGS, nullptr},

@@ -17,6 +17,7 @@ constexpr int64_t PANEL_ROWS = OUTER_VECTORS * LANES;  // of x
 constexpr int64_t OUTER_BYTES = 2048, OUTER_PITCH = OUTER_BYTES + LINE, OUTER_TILE_BYTES = OUTER_WEIGHTS * OUTER_PITCH;
 constexpr int64_t OUTER_TILES = 4, OUTER_BAND = OUTER_TILES * OUTER_WEIGHTS;  // the most tiles and rows of a band
 constexpr int64_t LINE_VALUES = LINE / sizeof(Bf16), LINE_PAIRS = LINE_VALUES / 2;
+static_assert(OUTER_VECTORS == 2, "a panel has one or two vectors");
 static_assert(OUTER_WEIGHTS <= LINE_PAIRS, "a row is copied while a share 1 / LINE_PAIRS of the steps is multiplied");
 
 // The layout of x: for each depth, panels of up to PANEL_ROWS rows, in whole vectors. A panel has the first pair of values
@@ -24,10 +25,12 @@ static_assert(OUTER_WEIGHTS <= LINE_PAIRS, "a row is copied while a share 1 / LI
 // size.
 struct OuterOperand {
     int64_t lines, depths, vectors, panels;  // lines: of a row
+    bool half;  // whether at most half of the last vector is used
 
     explicit OuterOperand(const PackedLinear &job)
         : lines((job.in + LINE_VALUES - 1) / LINE_VALUES), depths((lines * LINE + OUTER_BYTES - 1) / OUTER_BYTES),
-          vectors((job.rows + LANES - 1) / LANES), panels((vectors + OUTER_VECTORS - 1) / OUTER_VECTORS) {}
+          vectors((job.rows + LANES - 1) / LANES), panels((vectors + OUTER_VECTORS - 1) / OUTER_VECTORS),
+          half((job.rows - 1) % LANES < LANES / 2) {}
 
     int64_t first_line(int64_t d) const { return lines * d / depths; }
     int64_t depth_lines(int64_t d) const { return first_line(d + 1) - first_line(d); }
@@ -57,15 +60,20 @@ TARGET inline void copy_lines(const RowCopy &copy, int64_t first) {
             copy_line(copy.from + k * copy.stride + i * LINE, copy.to + k * OUTER_PITCH + i * LINE);
 }
 
-// Multiply `lines` lines of OUTER_WEIGHTS rows of W with V vectors of rows of x. Add the products to `totals`
-// (OUTER_WEIGHTS, V * LANES), or set them. Meanwhile, copy at most `lines` lines of each row of `copy`, a line for each pair
-// of values, and prefetch the second row after it: one row before it is copied is too late if memory is slow.
-template <int V>
+// Multiply `lines` lines of OUTER_WEIGHTS rows of W with FULL vectors of rows of x, and with half a vector after them if
+// HALF. Add the products to `totals` (OUTER_WEIGHTS, vectors * LANES), or set them. Meanwhile, copy at most `lines` lines of
+// each row of `copy`, a line for each pair of values, and prefetch the second row after it: one row before it is copied is
+// too late if memory is slow.
+template <int FULL, bool HALF>
 APART void multiply_outer(const uint8_t *w, const Bf16 *x, int64_t lines, float *totals, bool add, const RowCopy &copy) {
-    Vec sum[OUTER_WEIGHTS][V];
+    constexpr int V = FULL + HALF, SOME = FULL ? FULL : 1;
+    Vec sum[OUTER_WEIGHTS][SOME];
+    __m256 half[OUTER_WEIGHTS];
     UNROLLED
-    for (int n = 0; n < OUTER_WEIGHTS; ++n)
-        for (int v = 0; v < V; ++v) sum[n][v] = add ? load(totals + (n * V + v) * LANES) : Vec{};
+    for (int n = 0; n < OUTER_WEIGHTS; ++n) {
+        for (int v = 0; v < FULL; ++v) sum[n][v] = add ? load(totals + (n * V + v) * LANES) : Vec{};
+        if (HALF) half[n] = add ? _mm256_loadu_ps(totals + (n * V + FULL) * LANES) : _mm256_setzero_ps();
+    }
     for (int64_t k = 0; k < LINE_PAIRS; ++k) {
         const int64_t copied = k < copy.rows ? copy.lines : 0;
         const uint8_t *from = copy.from + k * copy.stride;
@@ -76,20 +84,24 @@ APART void multiply_outer(const uint8_t *w, const Bf16 *x, int64_t lines, float 
                 copy_line(from + i * LINE, to + i * LINE);
                 __builtin_prefetch(next + i * LINE, 0, 2);
             }
-            __m512bh values[V];
+            __m512bh values[SOME];
             UNROLLED
-            for (int v = 0; v < V; ++v) values[v] = Paired::values(x + 2 * v * LANES);
+            for (int v = 0; v < FULL; ++v) values[v] = Paired::values(x + 2 * v * LANES);
+            const auto rest = (__m256bh)_mm256_loadu_si256((const __m256i *)(x + 2 * (V - 1) * LANES));
             UNROLLED
             for (int n = 0; n < OUTER_WEIGHTS; ++n) {
-                const auto pair = (__m512bh)_mm512_set1_epi32(raw<int>(w + n * OUTER_PITCH));
+                const __m512i pair = _mm512_set1_epi32(raw<int>(w + n * OUTER_PITCH));
                 UNROLLED
-                for (int v = 0; v < V; ++v) sum[n][v] = Paired::add(sum[n][v], pair, values[v]);
+                for (int v = 0; v < FULL; ++v) sum[n][v] = Paired::add(sum[n][v], (__m512bh)pair, values[v]);
+                if (HALF) half[n] = _mm256_dpbf16_ps(half[n], (__m256bh)_mm512_castsi512_si256(pair), rest);
             }
         }
     }
     UNROLLED
-    for (int n = 0; n < OUTER_WEIGHTS; ++n)
-        for (int v = 0; v < V; ++v) store(totals + (n * V + v) * LANES, sum[n][v]);
+    for (int n = 0; n < OUTER_WEIGHTS; ++n) {
+        for (int v = 0; v < FULL; ++v) store(totals + (n * V + v) * LANES, sum[n][v]);
+        if (HALF) _mm256_storeu_ps(totals + (n * V + FULL) * LANES, half[n]);
+    }
 }
 
 // The result for up to PANEL_ROWS rows of x, from row `m`, and `count` rows of W, from row `n`.
@@ -186,8 +198,13 @@ TARGET inline void multiply_by_outer(const PackedLinear &job, int64_t begin, int
                         copy = copy_of(next_n + done * OUTER_WEIGHTS, next_d, room.next + done * OUTER_TILE_BYTES);
                     const uint8_t *w = room.now + t * OUTER_TILE_BYTES;
                     float *to = totals + t * OUTER_WEIGHTS * vectors * LANES;
-                    if (vectors == OUTER_VECTORS) multiply_outer<OUTER_VECTORS>(w, x, lines, to, d > 0, copy);
-                    else multiply_outer<1>(w, x, lines, to, d > 0, copy);
+                    if (operand.half && panel + 1 == operand.panels) {
+                        if (vectors == OUTER_VECTORS) multiply_outer<1, true>(w, x, lines, to, d > 0, copy);
+                        else multiply_outer<0, true>(w, x, lines, to, d > 0, copy);
+                    } else {
+                        if (vectors == OUTER_VECTORS) multiply_outer<2, false>(w, x, lines, to, d > 0, copy);
+                        else multiply_outer<1, false>(w, x, lines, to, d > 0, copy);
+                    }
                     copy_lines(copy, lines);  // the next depth may have more lines
                 }
                 if (last) output.write(totals, vectors);
