@@ -11,6 +11,7 @@ from flexgen.layout.graphs import replayed
 from flexgen.layout.hidden import HiddenLayout, hidden_layout
 from flexgen.layout.passes import Passes
 from flexgen.layout.plan import room_sizes
+from flexgen.layout.tapes import recordable
 from flexgen.memory.taken import run_all
 from flexgen.models.layer import AttentionLayer
 from flexgen.runtime.activations import Activations
@@ -133,12 +134,10 @@ class Buffers:
             whole = {own: segments[j][0][0] for j, own in attention.items()}
             replays = CellGraphs(model.layers, resident, cache, whole, device)
         elif device.torch_device.type == "cpu":
-            in_place = [
-                j
-                for j, layer in enumerate(model.layers)
-                if not model.weights.layouts[j].runs and not (self.prefix and layer.has_cache)
-            ]
-            replays = RecordedCells(model.layers, in_place, cache, dtype)
+            recorded = recordable(
+                model.layers, model.weights.placement, model.policy, passes, device.topology
+            )
+            replays = RecordedCells(model.layers, recorded, cache, dtype)
         if replays is not None:
             self._close.append(replays.close)
         self.block = BlockBuffers(cache, activations, lookup, replays, self.prefix, pool)

@@ -146,21 +146,21 @@ class RecordedCells:
     """Tapes of the decode cells of one block. It has the methods of `CellGraphs`, `record` for the cells of a pass,
     and `replay` for several layers.
 
-    in_place: the numbers of the layers whose weights and cache do not move, so that they stay at their addresses.
+    recorded: the numbers of the layers that may be recorded (`layout/tapes.py`).
     dtype: that of the hidden states. `pays`: whether the present run has so many tokens that it records cells.
     """
 
     def __init__(
-        self, layers: Sequence[Layer], in_place: Sequence[int], cache: KVCache, dtype: torch.dtype
+        self, layers: Sequence[Layer], recorded: Sequence[int], cache: KVCache, dtype: torch.dtype
     ) -> None:
-        self._layers = {j: layers[j] for j in in_place if isinstance(layers[j], TransformerLayer | Head)}
+        self._layers = {j: layers[j] for j in recorded if isinstance(layers[j], TransformerLayer | Head)}
         self._cache = cache
         self._dtype = dtype
         self.drop()
 
     @property
     def layers(self) -> Sequence[int]:
-        """The numbers of the layers whose cells can be recorded, if their kernels can."""
+        """The numbers of the layers whose cells may be recorded."""
         return [*self._layers]
 
     def expect(self, tokens: int) -> None:
