@@ -124,19 +124,16 @@ class Buffers:
             self._close.append(lookup.close)
         replays: CellGraphs | RecordedCells | None = None
         device = machine.device
-        resident = replayed(
-            model.layers, model.weights.placement, model.policy, device.topology, device.workspaces
-        )
+        placed = model.layers, model.weights.placement, model.policy
+        resident = replayed(*placed, device.topology, device.workspaces)
+        recorded = recordable(*placed, passes, device.topology) if device.torch_device.type == "cpu" else ()
         if model.policy.prefill_rows:
             pass  # each pass may have other cells
         # A graph has one new token of each row, and one length of all rows.
         elif resident and self.prefix is None and not model.policy.guess:
             whole = {own: segments[j][0][0] for j, own in attention.items()}
             replays = CellGraphs(model.layers, resident, cache, whole, device)
-        elif device.torch_device.type == "cpu":
-            recorded = recordable(
-                model.layers, model.weights.placement, model.policy, passes, device.topology
-            )
+        elif recorded:
             replays = RecordedCells(model.layers, recorded, cache, dtype)
         if replays is not None:
             self._close.append(replays.close)
