@@ -51,7 +51,7 @@ class _Took(NamedTuple):
 
     each: a pass.
     outside: a pass without its computations, divided by its cells.
-    first: the first pass, in which tapes are recorded.
+    first: the first pass, with the recording of tapes before it.
     attention, mlp: the first batch of a layer's attention, and of its feed-forward half.
     ids: the storing of new ids.
     attend: attention on the host; 0 if there is none.
@@ -228,7 +228,7 @@ class _Decode:
 
     @property
     def _later(self) -> list[int]:
-        """The passes after the one that records tapes."""
+        """The passes after the first one."""
         after = sorted(self._ends)[1:]
         return after[1:] or after
 
@@ -238,11 +238,11 @@ class _Decode:
         return end - begin - sum(after - before for before, after in self._others if begin <= before < end)
 
     def passes(self) -> list[float]:
-        """The seconds of the passes after the one that records tapes."""
+        """The seconds of the passes after the first one."""
         return list(map(self._seconds, self._later))
 
     def first(self) -> list[float]:
-        """The seconds of the first pass."""
+        """The seconds of the first pass, and of the recording before it."""
         return [self._seconds(1)] if 1 in self._ends else []
 
     def outside(self) -> list[float]:

@@ -147,7 +147,7 @@ class RecordedCells:
     and `replay` for several layers.
 
     recorded: the numbers of the layers that may be recorded (`layout/tapes.py`).
-    dtype: that of the hidden states. `pays`: whether the present run has so many tokens that it records cells.
+    dtype: that of the hidden states. `pays`: whether the present run has enough tokens to record its cells.
     """
 
     def __init__(
