@@ -84,8 +84,9 @@ def cell_seconds(
     model = _SmallModel(machine, lanes, dtype, effort.layers)
     if not tapes:
         took = model.took(2, effort.tokens)
-        more = max(took.attention - took.mlp, 0.0)
-        return {"cell": took.each / model.cells(2) - more * model.attending, "attention": more}
+        mean, share = took.each / model.cells(2), model.attending
+        more = min(max(took.attention - took.mlp, 0.0), mean / share)  # the rest is noise
+        return {"cell": max(mean - share * more, 0.0), "attention": more}
     caches = _Caches(min(_CACHES, effort.working_set))
     few = min(MIN_TOKENS, effort.tokens)  # runs of few tokens have no tapes
     computed = model.took(1, few, caches)

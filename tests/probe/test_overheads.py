@@ -84,6 +84,13 @@ def test_on_a_cpu_the_caches_are_empty_unless_one_call_repeats_all_layers(found)
     assert found(times, True) == pytest.approx(expected)
 
 
+def test_noise_gives_no_negative_cost_without_tapes(found):
+    each = 2 * LAYERS * 1.0
+    fixed = found({(False, 2, 9, False): took(each=each, attention=8.0, mlp=1.0)}, False)
+    assert fixed["cell"] >= 0
+    assert LAYERS * fixed["cell"] + EFFORT.layers * fixed["attention"] == pytest.approx(each / 2)
+
+
 def test_noise_gives_no_negative_cost_and_does_not_hide_that_there_are_tapes(found):
     times = {
         (False, 1, 3, True): took(attention=1.0, mlp=2.0, ids=0.0),
