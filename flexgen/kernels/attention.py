@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flexgen.kernels.heads import HeadFormat, Pages, PlainHeads
 from flexgen.kernels.partial import Partial
+from flexgen.kernels.result_memory import RESULT_MEMORY
 from flexgen.kernels.scoring import (
     Length,
     Scoring,
@@ -276,6 +277,7 @@ def _scores_in_torch(
     # q is scaled before the product, because the product could overflow in float16.
     query = (q * scoring.scale).reshape(rows * kv_heads, group, head_dim)
     total = sum(k.shape[2] for k, _ in pages)
+    RESULT_MEMORY.return_unused()
     scores = torch.empty(rows * kv_heads, group, total, dtype=torch.float32, device=q.device)
     most = longest(length, total)
     for begin, part in _decoded([k for k, _ in pages], most, form, q.dtype):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flexgen.kernels.loading import NUMBERS, announce, native
 from flexgen.kernels.partial import Partial
+from flexgen.kernels.results import empty_result
 from flexgen.kernels.scoring import Length, Scoring, Window, constants, longest, visible_from
 
 
@@ -116,7 +117,7 @@ def prompt_compiled(
     by_token = q.transpose(1, 2).contiguous()
     if k.stride() != v.stride() or k.stride(3) != 1:
         k, v = k.contiguous(), v.contiguous()
-    out, lse = torch.empty_like(by_token), torch.empty(batch, heads, queries, dtype=torch.float32)
+    out, lse = empty_result(by_token.shape, q.dtype), torch.empty(batch, heads, queries, dtype=torch.float32)
     slopes = _by_head(constants(scoring.slopes, q.device) if scoring.slopes else None, heads)
     sinks = _by_head(None if scoring.sinks is None else scoring.sinks.float().contiguous(), heads)
     native.attend_prompt(
@@ -155,7 +156,7 @@ def _has_kernel(q: Tensor) -> bool:
 def _by_token(q: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor with the shape of q, stored by token, then by head, so that merging the heads afterwards is a view."""
     rows, heads, new, head_dim = q.shape
-    return torch.empty(rows, new, heads, head_dim, dtype=dtype).transpose(1, 2)
+    return empty_result((rows, new, heads, head_dim), dtype).transpose(1, 2)
 
 
 def _address(x: Tensor | None) -> int:

@@ -18,6 +18,7 @@ except ImportError:  # installed without a compiler
 
 NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The element types that the compiled kernels support, with their numbers."""
+HALVES = torch.bfloat16, torch.float16
 
 _log = logging.getLogger(__name__)
 

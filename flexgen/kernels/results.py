@@ -1,4 +1,4 @@
-"""Memory for the results of kernels on the CPU."""
+"""Tensors for the results of kernels on the CPU."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flexgen.kernels.result_memory import HUGE_PAGE, RESULT_MEMORY
 from flexgen.units import MIB
 
-HUGE_PAGE = 2 * MIB
-"""Bytes of a huge page of most processors."""
 _ALIGNED = 2 * HUGE_PAGE
+_LEAST_KEPT = MIB
+"""Bytes. While a call runs, results of at least this size use the memory of freed ones."""
 
 
 def empty_result(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -23,9 +24,16 @@ def empty_result(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
     The system clears a page when it is first written, which interrupts the kernel. With huge pages, this happens less
     often. Many systems use them only where a process asks for them. The bytes before the tensor take no memory,
-    because nothing writes them.
+    because nothing writes them. Raises RuntimeError if the system cannot allocate the memory.
     """
     nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes >= _LEAST_KEPT and RESULT_MEMORY.keeps:
+        try:
+            memory = RESULT_MEMORY.take(nbytes)
+        except OSError as error:
+            raise RuntimeError(f"a result of {nbytes} bytes cannot be allocated: {error.strerror}") from error
+        if memory is not None:
+            return torch.frombuffer(memory, dtype=dtype).view(*shape)
     if nbytes < _ALIGNED:
         return torch.empty(*shape, dtype=dtype)
     room = torch.empty(nbytes + HUGE_PAGE, dtype=torch.uint8)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexgen.kernels.loading import native, native_available
+from flexgen.kernels.result_memory import RESULT_MEMORY
 
 _Result = TypeVar("_Result")
 _ALLOCATIONS = frozenset(
@@ -92,7 +93,7 @@ def record(work: Callable[[], _Result], spare: Sequence[Tensor] = ()) -> tuple[_
     watch = _Watch(spare)
     native.record()
     try:
-        with watch:
+        with RESULT_MEMORY.suspended(), watch:
             result = work()
     except native.Unrecordable:
         return None

@@ -7,6 +7,7 @@ from dataclasses import fields
 
 import torch
 
+from flexgen.kernels.loading import HALVES
 from flexgen.layout.passes import Passes
 from flexgen.layout.placement import Placement
 from flexgen.layout.rows import whole_weights
@@ -26,7 +27,6 @@ MIN_TOKENS = 3
 MOST_BYTES = 8 * MIB
 """Bytes of temporaries that the tapes of a block keep. Further cells are computed without tapes."""
 
-_HALVES = torch.bfloat16, torch.float16
 _GATES = "silu", "swish"
 
 
@@ -38,7 +38,7 @@ def recordable(
     A tape reads fixed addresses. So weights and cache must stay in place, all rows in the same pages. In float32,
     and to encode keys and values, layers also use operations of torch.
     """
-    if placement.dtype not in _HALVES:
+    if placement.dtype not in HALVES:
         return ()
     tiers = [tier for tier, rows in policy.cache.rows(policy.gpu_batch_size).items() if rows]
     cached = len(tiers) == 1 and topology.in_place(tiers[0]) and policy.attn_sparsity == 1

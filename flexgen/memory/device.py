@@ -89,10 +89,10 @@ class ComputeDevice(ABC):
         """The peak of the model's device memory, in bytes."""
         return self.memory.peak
 
-    def begin_call(self, call: Hashable) -> None:  # noqa: B027 (only a GPU has to)
+    def begin_call(self, call: Hashable) -> None:  # noqa: B027 (not all devices have to)
         """Prepare the process for a call that computes on the device. May be called again before `end_call`."""
 
-    def end_call(self, call: Hashable) -> None:  # noqa: B027 (only a GPU has to)
+    def end_call(self, call: Hashable) -> None:  # noqa: B027 (not all devices have to)
         """Undo `begin_call`. Does nothing for a call that has not begun."""
 
     def reserve(self, nbytes: int) -> None:  # noqa: B027 (only a GPU has to)

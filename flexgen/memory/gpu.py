@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from flexgen.errors import RequestError, shown
 from flexgen.kernels.half_linear import has_products
 from flexgen.kernels.linear import has_prelayout, prelayout
+from flexgen.kernels.result_memory import RESULT_MEMORY
 from flexgen.layout.topology import SHARED
 from flexgen.memory.cores import usable_cores
 from flexgen.memory.cpu import HostStore
@@ -81,6 +82,12 @@ class HostDevice(_HostArithmetic):
         target.copy_(source)
 
     from_device = to_device
+
+    def begin_call(self, call: Hashable) -> None:
+        RESULT_MEMORY.begin(call)
+
+    def end_call(self, call: Hashable) -> None:
+        RESULT_MEMORY.end(call)
 
 
 @dataclass

@@ -15,6 +15,7 @@ from torch import Tensor
 from flexgen.kernels.compiled_attention import prompt_compiled
 from flexgen.kernels.elementwise import silu_product
 from flexgen.kernels.partial import Partial, flash_part
+from flexgen.kernels.result_memory import RESULT_MEMORY
 from flexgen.kernels.rotation import pairs_of, rotate_tokens, rotates_tokens
 from flexgen.kernels.scoring import (
     Scoring,
@@ -210,6 +211,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, start: int, softm
     )
     if compiled is not None:
         return compiled if softmax is _PART else compiled[:1]
+    RESULT_MEMORY.return_unused()
     if not scoring.plain:
         return _attend_scored(q, k, v, scoring, start, softmax)
     if heads == kv_heads:

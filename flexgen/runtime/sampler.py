@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flexgen.errors import RequestError, shown
 from flexgen.kernels.largest import NO_INDEX, largest
+from flexgen.kernels.result_memory import RESULT_MEMORY
 from flexgen.kernels.workspaces import choice_rows
 from flexgen.runtime.draws import MAX_SEED
 from flexgen.runtime.request import check_whole
@@ -87,6 +88,7 @@ def draw_by_scores(scores: Tensor, uniforms: Tensor) -> Tensor:
 
 def _in_parts(choose: Callable[[Tensor, Tensor], Tensor], scores: Tensor, uniforms: Tensor) -> Tensor:
     """`choose(scores, uniforms)` for a few rows at a time, so that it allocates at most `choice_bytes`."""
+    RESULT_MEMORY.return_unused()
     at_once = choice_rows(scores.shape[-1])
     if len(scores) <= at_once:
         return choose(scores, uniforms)

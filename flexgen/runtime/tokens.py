@@ -175,7 +175,7 @@ class NewTokens:
     def _accept(self, token: Tokens, rows: Rows, ids: Tensor) -> None:
         """Store the ids chosen for these rows as `token`. In `ids`, rows that ended before get the pad id."""
         names, own, made = self._named(rows), list(rows), ids.numpy()
-        tokens = np.broadcast_to(np.asarray(token), len(own))
+        tokens = np.full(len(own), token)
         before = self._ended[own]
         made[before] = self._prompts.pad_id
         if INVALID in made:

@@ -12,6 +12,7 @@ from flexgen.engine.completion import Completion
 from flexgen.kernels.loading import native_available
 from flexgen.runtime import recorded
 from flexgen.runtime.choice import Sampled
+from flexgen.runtime.prompts import Prompts
 from flexgen.runtime.recorded import RecordedCells
 from flexgen.runtime.request import read_request
 
@@ -94,6 +95,18 @@ def test_all_cells_are_recorded_before_the_first_one_is_computed(calls, monkeypa
     monkeypatch.setattr(recorded, "record", watched)
     generated(PROMPTS[:batches], own=policy(batches))
     assert replayed == [0] * 7 * batches and calls
+
+
+def test_positions_are_computed_for_the_prompt_and_the_recording_only(calls, monkeypatch):
+    found, positions = [], Prompts.positions
+
+    def watched(prompts, cell):
+        found.append(cell.number)
+        return positions(prompts, cell)
+
+    monkeypatch.setattr(Prompts, "positions", watched)
+    generated(PROMPTS[:1])
+    assert calls and found == [0, 1]
 
 
 def test_tapes_continue_on_the_next_page_of_the_cache(replays, monkeypatch):
