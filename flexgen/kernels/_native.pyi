@@ -139,8 +139,8 @@ def packed_linear(
     /,
 ) -> None:
     """The products of x with all matrices. `shape`: rows of x, in, group. Each matrix: out, y, bias (0 for none),
-    values, scales, minimums. `rounded`: round x to int8, with a scale for each group; only for the variant
-    avx512_bf16 and groups of 64. `encoding`: None for group-wise integers and half types; otherwise `Encoding` of
+    values, scales, minimums. `rounded`: round x to int8, with a scale for each group; only for the variants avx2
+    and avx512_bf16 and groups of 64. `encoding`: None for group-wise integers and half types; otherwise `Encoding` of
     cpp/kernels.h, and minimums are zero points or the scale of the whole matrix."""
 
 def packed_linears(

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from flexgen.kernels import half_linear
 from flexgen.kernels.encoded_linear import EncodedMatrix
-from flexgen.kernels.groupwise_linear import SPAN, GroupwiseMatrix
+from flexgen.kernels.groupwise_linear import GroupwiseMatrix
 from flexgen.kernels.linear import linear
 from flexgen.kernels.loading import NUMBERS, announce, native
+from flexgen.kernels.operands import SPAN
 from flexgen.kernels.quantized import QuantizedMatrix
 
 _LEAST_CAPABILITY = (8, 0)

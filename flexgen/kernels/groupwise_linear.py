@@ -2,8 +2,9 @@
 
 A product of few rows is bound by the reads of the weights. Encoded weights have a quarter (int4) or half (int8) of
 the bytes of a 16-bit matrix, and a decoded matrix must also be written and read. A product of many rows is
-compute-bound. With dot products of bfloat16 (`DOTS`), the compiled kernels decode in registers, or for many rows of x
-in a cache (cpp/methods.h). Otherwise, a library's product with the decoded matrix is faster.
+compute-bound. With dot products of bfloat16 (`DOTS`), or with AVX2 and x in a half type, the compiled kernels decode
+in registers, or for many rows of x in a cache (cpp/methods.h). Otherwise, a library's product with the decoded matrix
+is faster.
 """
 
 from __future__ import annotations
@@ -17,15 +18,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexgen.kernels.groupwise import check_packed, dequantise
-from flexgen.kernels.loading import NUMBERS, announce, native, native_available, triton_kernels
+from flexgen.kernels.loading import HALVES, NUMBERS, announce, native, native_available, triton_kernels
+from flexgen.kernels.operands import SPAN
 from flexgen.kernels.packed import MatrixForm, Packed, StoredMatrix
 from flexgen.kernels.quantized import EVERY_ROW, QuantizedMatrix
 from flexgen.kernels.results import empty_result
 
 DOTS = "avx512_bf16"
 """The compiled variant with dot products of bfloat16 and of int8."""
-SPAN = 256
-"""Rows of x that a compiled product puts in its own layout at once (cpp/products.h)."""
+_WIDENS = "avx2"
+"""The compiled variant that decodes a matrix once for many rows of x in a half type, and multiplies it in float32
+faster than a library multiplies the decoded matrix (cpp/float_outer.h)."""
+_INTEGER_PRODUCTS = frozenset({"avx2", DOTS})
+"""The compiled variants that multiply x rounded to int8 as integers (cpp/rounded.h, cpp/dots.h)."""
 _DOTS_GROUP = 64
 """Groups of the kernels with dot products are multiples of it; x is rounded to int8 in groups of this size."""
 
@@ -95,7 +100,12 @@ def _fits_kernel(x: Tensor, rounded: bool) -> bool:
     """Whether the compiled kernels multiply x, with or without rounding it to int8."""
     if x.device.type != "cpu" or x.dtype not in NUMBERS or not x.numel() or not announce():
         return False
-    return not rounded or native.variant() == DOTS
+    return not rounded or has_integer_products()
+
+
+def has_integer_products() -> bool:
+    """Whether the compiled kernels in use multiply x rounded to int8 as integers."""
+    return native_available() and native.variant() in _INTEGER_PRODUCTS
 
 
 def fused_rows(packed: Packed, dtype: torch.dtype) -> int:
@@ -116,7 +126,9 @@ def host_fused_rows(dtype: torch.dtype, group: int) -> int:
     if not announce():
         return 0
     dots = dtype is torch.bfloat16 and group % _DOTS_GROUP == 0 and native.variant() == DOTS
-    return EVERY_ROW if dots else _HOST_ROWS.get(dtype, 0)
+    if dots or (dtype in HALVES and native.variant() == _WIDENS):
+        return EVERY_ROW
+    return _HOST_ROWS.get(dtype, 0)
 
 
 def expected_fused_rows(on_host: bool, dtype: torch.dtype) -> int:
@@ -130,7 +142,10 @@ def expected_fused_rows(on_host: bool, dtype: torch.dtype) -> int:
 
 
 def workspace_bytes(rows: int, in_size: int, dtype: torch.dtype) -> int:
-    """The maximum bytes for x in the layout of the kernel with dot products; 0 if this machine does not use it."""
+    """The maximum bytes for x in the layout of the kernel with dot products; 0 if this machine does not use it.
+
+    With AVX2, x in a half type takes as much as for a plain matrix: `half_linear.workspace_bytes` counts it.
+    """
     if dtype is not torch.bfloat16 or not native_available() or native.variant() != DOTS:
         return 0
     floats = in_size // _DOTS_GROUP * (_DOTS_GROUP // 2 + 2)  # pairs, sums and scales
@@ -163,10 +178,11 @@ def multiply_rounded(x: Tensor, packed: Packed, bias: Tensor | None = None) -> T
     """`multiply` on a CPU with x rounded to int8, with a scale for each group of 64 values of a row.
 
     The products of a group are sums of integers. So a product takes half the instructions of one in bfloat16 if the
-    CPU has dot products of int8; other CPUs compute the same values in float32, as fast as `multiply` does.
+    CPU has dot products of int8, and with AVX2 a third (int4) or a half (int8) of one in float32. Other CPUs compute
+    the same values in float32, as fast as `multiply` does.
     """
     native_form = x.dtype in NUMBERS and packed.group == _DOTS_GROUP and x.numel() > 0
-    if native_form and native_available() and native.variant() == DOTS:
+    if native_form and has_integer_products():
         return multiply_natively(x, packed, bias, rounded=True)
     wide = round_to_int8(x, packed.group)
     return multiply(wide, packed, None if bias is None else bias.float()).to(x.dtype)
@@ -182,7 +198,7 @@ def round_to_int8(x: Tensor, group: int) -> Tensor:
 def multiply_natively(x: Tensor, packed: Packed, bias: Tensor | None = None, rounded: bool = False) -> Tensor:
     """`multiply` with the compiled kernel. It decodes each weight once for several rows of x and does not write it.
 
-    rounded: as `multiply_rounded`; only for the variant `DOTS` and groups of 64.
+    rounded: as `multiply_rounded`; only for variants with integer products and groups of 64.
     """
     return multiply_all_natively(x, [packed], [bias], rounded)[0]
 

@@ -14,13 +14,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from flexgen.kernels.groupwise_linear import SPAN
-from flexgen.kernels.loading import NUMBERS, announce, native, native_available
+from flexgen.kernels.loading import HALVES, NUMBERS, announce, native, native_available
+from flexgen.kernels.operands import operand_bytes
 from flexgen.kernels.quantized import EVERY_ROW
 from flexgen.kernels.results import empty_result
-from flexgen.units import MIB, align
+from flexgen.units import MIB
 
-_HALVES = (torch.bfloat16, torch.float16)
 _BASELINE_ROWS = 256
 """The maximum rows of x for which the compiled kernel widens without AVX2. It is not measured."""
 _ROWS_BESIDE_AMX = 8
@@ -30,10 +29,6 @@ ROWS = 1024
 """Rows of x that are widened at once."""
 PIECE_BYTES = 4 * MIB
 """Bytes in float32 of a piece of the matrix that is widened at once. It stays in a cache until it is multiplied."""
-_TILE_ROWS, _LANES, _DEPTH_BYTES, _LINE = 4, 16, 4096, 64
-"""The same as in cpp/tiles.h: x is copied in whole tiles of rows, `_DEPTH_BYTES` of all rows before the next ones, in
-whole cache lines, with a line between rows. More than `_LANES` rows may be copied in whole vectors of rows
-(cpp/outer.h), which take no more memory than tiles of as many rows."""
 
 
 def _has_tiles(dtype: torch.dtype) -> bool:
@@ -52,7 +47,7 @@ def has_products(dtype: torch.dtype) -> bool:
 
 def native_rows(dtype: torch.dtype) -> int:
     """The maximum rows of x for which the compiled kernel multiplies a half type fastest; 0 without the kernel."""
-    return _rows(dtype) if dtype in _HALVES and native_available() else 0
+    return _rows(dtype) if dtype in HALVES and native_available() else 0
 
 
 def _rows(dtype: torch.dtype) -> int:
@@ -68,7 +63,7 @@ def _rows(dtype: torch.dtype) -> int:
 def fastest(x: Tensor, weight: Tensor) -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
     """The function for the fastest product of x and a plain matrix, or None if it is the library's own product."""
     dtype = x.dtype
-    if dtype not in _HALVES or weight.dtype is not dtype or x.device.type != "cpu":
+    if dtype not in HALVES or weight.dtype is not dtype or x.device.type != "cpu":
         return None
     few = announce() and 0 < x.numel() <= _rows(dtype) * x.shape[-1]
     if few and weight.is_contiguous():
@@ -80,11 +75,7 @@ def workspace_bytes(rows: int, out_size: int, in_size: int, dtype: torch.dtype) 
     """The maximum bytes that a product allocates in addition to its result; 0 if it is the library's."""
     if rows <= native_rows(dtype):
         paired = dtype is torch.bfloat16 and has_products(dtype)
-        item = dtype.itemsize if paired else torch.float32.itemsize
-        row_bytes = in_size * item
-        pitch = align(min(row_bytes, _DEPTH_BYTES), _LINE) + _LINE
-        unit = _LANES if rows > _LANES else _TILE_ROWS
-        return align(min(rows, SPAN), unit) * -(-row_bytes // _DEPTH_BYTES) * pitch
+        return operand_bytes(rows, in_size, dtype.itemsize if paired else torch.float32.itemsize)
     return 0 if has_products(dtype) else pieces_bytes(rows, out_size, in_size)
 
 

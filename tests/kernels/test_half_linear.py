@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgen.kernels import half_linear
-from flexgen.kernels.groupwise_linear import SPAN
 from flexgen.kernels.half_linear import (
     fastest,
     multiply_in_pieces,
@@ -19,6 +18,7 @@ from flexgen.kernels.half_linear import (
 )
 from flexgen.kernels.linear import linear
 from flexgen.kernels.loading import native, native_available
+from flexgen.kernels.operands import SPAN
 from flexgen.kernels.quantized import EVERY_ROW
 
 needs_kernel = pytest.mark.skipif(not native_available(), reason="no compiled kernels here")

@@ -72,6 +72,7 @@ def test_the_engine_lays_out_what_it_multiplies_and_only_that(monkeypatch):
     )  # sums in another order, rounded 24 times
 
 
+@needs_prelayout
 @pytest.mark.parametrize("laid_out", [1, 2])
 def test_several_products_with_weights_that_are_laid_out(laid_out):
     """All of them, or the first one only."""

@@ -8,6 +8,10 @@
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 #define LANES 8
 #define SUM_REGISTERS 8
+#define FLEXGEN_ONE_ROW  // products of one row of x with codes of four bits, in float32
+#define FLEXGEN_FEW_ROWS  // products of a few rows of x with group-wise integers, in float32
+#define FLEXGEN_FLOAT_OUTER  // products of many rows of x by outer products in float32
+#define FLEXGEN_DOT_BYTES  // sums of products of int8, with vpmaddubsw and vpmaddwd
 #include "vectors.h"
 
 namespace avx2 {
@@ -44,6 +48,27 @@ INLINE Vec sums(const Vec (&x)[LANES]) {
     const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
     const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(x[4], x[5]), _mm256_hadd_ps(x[6], x[7]));
     return (Vec)_mm256_permute2f128_ps(a, b, 0x20) + (Vec)_mm256_permute2f128_ps(a, b, 0x31);
+}
+
+// Transpose 8 rows of floats with distance `stride`: `to[i]` is column i.
+INLINE void transpose(const float *from, int64_t stride, Vec (&to)[LANES]) {
+    __m256 pairs[8];
+    UNROLLED
+    for (int i = 0; i < 8; i += 2) {
+        const Vec a = load(from + i * stride), b = load(from + (i + 1) * stride);
+        pairs[i] = _mm256_unpacklo_ps(a, b);
+        pairs[i + 1] = _mm256_unpackhi_ps(a, b);
+    }
+    UNROLLED
+    for (int c = 0; c < 4; ++c) {
+        const __m256d a = (__m256d)pairs[c / 2], b = (__m256d)pairs[2 + c / 2];
+        const __m256d d = (__m256d)pairs[4 + c / 2], e = (__m256d)pairs[6 + c / 2];
+        // Columns c and 4 + c of the first and of the last four rows.
+        const __m256 first = (__m256)(c % 2 ? _mm256_unpackhi_pd(a, b) : _mm256_unpacklo_pd(a, b));
+        const __m256 second = (__m256)(c % 2 ? _mm256_unpackhi_pd(d, e) : _mm256_unpacklo_pd(d, e));
+        to[c] = _mm256_permute2f128_ps(first, second, 0x20);
+        to[4 + c] = _mm256_permute2f128_ps(first, second, 0x31);
+    }
 }
 
 }  // namespace avx2

@@ -16,6 +16,7 @@ using linear::Method;
 using linear::method_of;
 using linear::padded;
 using linear::widen;
+using linear::write_outputs;
 
 constexpr int64_t VALUES = linear::DOTS_GROUP;  // of a chunk
 constexpr int64_t LINE = 64;  // bytes
@@ -203,12 +204,8 @@ template <int BITS>
 TARGET inline void order_chunk(const PackedLinear &job, int64_t row, int64_t c, Ordered &to, Bytes) {
     float x[VALUES];
     widen(job.type, job.x, row * job.in + c * VALUES, x, VALUES);
-    Vec largest = {}, zeros = {};
-    for (int i = 0; i < VALUES; i += LANES) {
-        const Vec some = load(x + i);
-        largest = larger(larger(some, -some), largest);
-        zeros += some * 0.0f;
-    }
+    Vec zeros;
+    const Vec largest = linear::largest_sizes(x, VALUES, zeros);
     to.scale = _mm512_reduce_max_ps(largest) / 127.0f + _mm512_reduce_add_ps(zeros);
     const Vec step = splat(to.scale == 0.0f ? 1.0f : to.scale);
     __m512i total = {};

@@ -2,27 +2,6 @@
 #pragma once
 
 #include "codes.h"
-
-namespace VARIANT {
-namespace dots {
-
-template <class T>
-INLINE void write_vector(const PackedLinear &job, Vec totals, int64_t m, int64_t n, int64_t count) {
-    if (job.bias) totals += count == LANES ? load((const T *)job.bias + n) : load_part((const T *)job.bias + n, count);
-    T *to = (T *)job.y + m * job.out + n;
-    count == LANES ? store(to, totals) : store_part(to, totals, count);
-}
-
-// Write the products of row `m` of x with `count` rows of W from `n`.
-INLINE void write_outputs(const PackedLinear &job, Vec totals, int64_t m, int64_t n, int64_t count) {
-    if (job.type == Type::float32) return write_vector<float>(job, totals, m, n, count);
-    if (job.type == Type::bfloat16) return write_vector<Bf16>(job, totals, m, n, count);
-    write_vector<Half>(job, totals, m, n, count);
-}
-
-}  // namespace dots
-}  // namespace VARIANT
-
 #include "lines.h"
 #include "strips.h"
 #include "fused.h"

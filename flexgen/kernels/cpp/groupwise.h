@@ -5,14 +5,6 @@
 namespace VARIANT {
 namespace groupwise {
 
-INLINE float scalar(const Bf16 *x) {
-    const uint32_t bits = (uint32_t)x->bits << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-INLINE float scalar(const Half *x) { return from_half_scalar(x->bits); }
-
 template <class T, class S, int BITS>
 TARGET void dequantise(const Groupwise &job, int64_t begin, int64_t end) {
     const int64_t group = job.group, octets = group * BITS / 8;

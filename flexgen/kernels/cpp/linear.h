@@ -6,6 +6,9 @@
 // codes of the next block are prefetched. Further blocks of x find the codes in the L1 cache.
 #include <algorithm>
 
+#if defined(FLEXGEN_DOT_BF16) || defined(FLEXGEN_FLOAT_OUTER)
+#define FLEXGEN_OUTER  // the variant has Method::outer
+#endif
 #include "methods.h"
 
 namespace VARIANT {
@@ -70,10 +73,36 @@ TARGET inline void widen(Type type, const void *from, int64_t at, float *to, int
     widen((const Half *)from + at, to, count);
 }
 
+// The largest absolute value of each lane of x, and in `zeros` a NaN for values that are not finite.
+INLINE Vec largest_sizes(const float *x, int64_t count, Vec &zeros) {
+    Vec largest = {};
+    zeros = Vec{};
+    for (int64_t i = 0; i < count; i += LANES) {
+        const Vec some = load(x + i);
+        largest = larger(larger(some, -some), largest);
+        zeros += some * 0.0f;
+    }
+    return largest;
+}
+
 TARGET inline void write(Type type, void *to, int64_t at, float value) {
     if (type == Type::float32) return store_part((float *)to + at, splat(value), 1);
     if (type == Type::bfloat16) return store_part((Bf16 *)to + at, splat(value), 1);
     store_part((Half *)to + at, splat(value), 1);
+}
+
+template <class T>
+INLINE void write_vector(const PackedLinear &job, Vec totals, int64_t m, int64_t n, int64_t count) {
+    if (job.bias) totals += count == LANES ? load((const T *)job.bias + n) : load_part((const T *)job.bias + n, count);
+    T *to = (T *)job.y + m * job.out + n;
+    count == LANES ? store(to, totals) : store_part(to, totals, count);
+}
+
+// Write the products of row `m` of x with `count` rows of W from `n`.
+INLINE void write_outputs(const PackedLinear &job, Vec totals, int64_t m, int64_t n, int64_t count) {
+    if (job.type == Type::float32) return write_vector<float>(job, totals, m, n, count);
+    if (job.type == Type::bfloat16) return write_vector<Bf16>(job, totals, m, n, count);
+    write_vector<Half>(job, totals, m, n, count);
 }
 
 // Write to y the products of rows `m` to `m` + X of x with rows `n` to `n` + WEIGHTS of W, of which `count` exist.
@@ -155,9 +184,20 @@ inline float *aligned(std::vector<float> &room, int64_t count) {
 #include "decode.h"
 #include "tiles.h"
 #include "matrix_vector.h"
+#ifdef FLEXGEN_ONE_ROW
+#include "one_row.h"
+#endif
+#ifdef FLEXGEN_FEW_ROWS
+#include "few_rows.h"
+#endif
 #ifdef FLEXGEN_DOT_BF16
 #include "outer.h"
 #include "dots.h"
+#elif defined(FLEXGEN_FLOAT_OUTER)
+#include "float_outer.h"
+#endif
+#ifdef FLEXGEN_DOT_BYTES
+#include "rounded.h"
 #endif
 
 namespace VARIANT {
@@ -169,9 +209,19 @@ void multiply_any(const PackedLinear &job, int64_t begin, int64_t end) {
     case Method::vector: return multiply_plain_vector(job, begin, end);
     case Method::tiles: return multiply_tiled(job, begin, end);
     case Method::blocks: return multiply_bits<Wide>(job, begin, end);
-#ifdef FLEXGEN_DOT_BF16
+#ifdef FLEXGEN_ONE_ROW
+    case Method::one_row: return one_row::multiply(job, begin, end);
+#endif
+#ifdef FLEXGEN_FEW_ROWS
+    case Method::few_rows: return few_rows::multiply(job, begin, end);
+#endif
+#ifdef FLEXGEN_OUTER
     case Method::outer: return multiply_by_outer(job, begin, end);
+#endif
+#ifdef FLEXGEN_DOT_BF16
     default: return dots::multiply(job, begin, end);
+#elif defined(FLEXGEN_DOT_BYTES)
+    default: return bytes::multiply(job, begin, end);
 #else
     default: return;
 #endif
@@ -198,9 +248,19 @@ TARGET void prepare_any(PackedLinear &job) {
     case Method::vector:
     case Method::blocks: return prepare_rows(job);
     case Method::tiles: return prepare_tiled(job);
-#ifdef FLEXGEN_DOT_BF16
+#ifdef FLEXGEN_ONE_ROW
+    case Method::one_row: return one_row::prepare(job);
+#endif
+#ifdef FLEXGEN_FEW_ROWS
+    case Method::few_rows: return few_rows::prepare(job);
+#endif
+#ifdef FLEXGEN_OUTER
     case Method::outer: return prepare_outer(job);
+#endif
+#ifdef FLEXGEN_DOT_BF16
     default: return dots::prepare(job);
+#elif defined(FLEXGEN_DOT_BYTES)
+    default: return bytes::prepare(job);
 #else
     default: return;
 #endif
@@ -210,9 +270,13 @@ TARGET void prepare_any(PackedLinear &job) {
 // Do parts of the conversion that `prepare_any` left.
 void order_any(const PackedLinear &job, int64_t first, int64_t last) {
     if (method_of(job) == Method::tiles) return order_tiled(job, first, last);
-#ifdef FLEXGEN_DOT_BF16
+#ifdef FLEXGEN_OUTER
     if (method_of(job) == Method::outer) return order_outer(job, first, last);
+#endif
+#ifdef FLEXGEN_DOT_BF16
     dots::order(job, first, last);
+#elif defined(FLEXGEN_DOT_BYTES)
+    bytes::order(job, first, last);
 #endif
 }
 

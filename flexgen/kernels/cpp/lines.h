@@ -1,15 +1,15 @@
 // Products of one row of x with group-wise integers: each row of W is one stream of codes. Several streams of one page
-// would mislead the prefetchers of some processors, which then read at half of the speed. The exception is a long x, which
-// takes much of the L1 cache. With four bits, it is multiplied with two adjacent rows of W at once: x is loaded half as often.
+// would mislead the prefetchers of some processors, which then read at half of the speed. With rows of 4 KiB, two streams
+// that share the loads of x are 5 to 20 % slower than one.
 #pragma once
 
 namespace VARIANT {
 namespace dots {
 
-constexpr int64_t AHEAD = 8192;  // bytes from a line to the one that is prefetched: to the L2 cache, because the L1 cache can
-                                 // wait for few lines at a time
+// Bytes from a line to the one that is prefetched: to the L2 cache, because the L1 cache can wait for few lines at a time.
+// On an EPYC (Zen 4), int8 is read 5 % slower with 8 KiB than with 4 to 6 KiB, and int4 a third slower with 1 KiB.
+constexpr int64_t AHEAD = 5120;
 constexpr int AT_ONCE = 4;  // lines that are multiplied at once
-constexpr int64_t LONG_X = 4096;  // values of x, which take a quarter of an L1 cache in bfloat16
 
 // A line of codes: two chunks of four bits, or one of eight.
 template <int BITS>
@@ -67,37 +67,28 @@ INLINE Vec line_scale(const float *scales, int64_t line) {
     return _mm512_mask_broadcastss_ps(splat(scales[2 * line]), 0xff00, _mm_load_ss(scales + 2 * line + 1));
 }
 
-// Add the products of LINES lines of ROWS rows to their totals from FIRST on. A product waits several cycles for the
-// previous one of its sum, and a processor looks only a few lines ahead, so consecutive products belong to different sums.
-template <class Kind, int BITS, int FIRST, int ROWS, int LINES, int TOTALS>
-INLINE void add_lines(const __m512i (&codes)[ROWS][LINES], const uint32_t *x, const float *const (&scales)[ROWS],
-                      const float *x_scales, int64_t line, Vec (&total)[ROWS][TOTALS]) {
+// Add the products of LINES lines of a row to their totals. A product waits several cycles for the previous one of its sum,
+// and a processor looks only a few lines ahead, so consecutive products belong to different sums.
+template <class Kind, int BITS, int LINES>
+INLINE void add_lines(const __m512i (&codes)[LINES], const uint32_t *x, const float *scales, const float *x_scales,
+                      int64_t line, Vec (&total)[LINES]) {
     constexpr int STEPS = steps_of<Kind, BITS>;
-    __m512i w[ROWS][LINES][STEPS];
-    typename Kind::Sum sum[ROWS][LINES] = {};
+    __m512i w[LINES][STEPS];
+    typename Kind::Sum sum[LINES] = {};
     x += line * STEPS * LANES;
     UNROLLED
-    for (int r = 0; r < ROWS; ++r) {
-        UNROLLED
-        for (int n = 0; n < LINES; ++n) Kind::unpack_line(codes[r][n], w[r][n], std::integral_constant<int, BITS>());
-    }
+    for (int n = 0; n < LINES; ++n) Kind::unpack_line(codes[n], w[n], std::integral_constant<int, BITS>());
     UNROLLED
     for (int step = 0; step < STEPS; ++step) {
         UNROLLED
-        for (int n = 0; n < LINES; ++n) {
-            const __m512i values = load_line(x + (n * STEPS + step) * LANES);
-            UNROLLED
-            for (int r = 0; r < ROWS; ++r) sum[r][n] = Kind::add(sum[r][n], w[r][n][step], values);
-        }
+        for (int n = 0; n < LINES; ++n)
+            sum[n] = Kind::add(sum[n], w[n][step], load_line(x + (n * STEPS + step) * LANES));
     }
     UNROLLED
     for (int n = 0; n < LINES; ++n) {
-        UNROLLED
-        for (int r = 0; r < ROWS; ++r) {
-            const Vec scale = line_scale<BITS>(scales[r], line + n);
-            const Vec both = Kind::ROUNDED ? scale * load(x_scales + (line + n) * LANES) : scale;
-            total[r][FIRST + n] = fma(Kind::number(sum[r][n]), both, total[r][FIRST + n]);
-        }
+        const Vec scale = line_scale<BITS>(scales, line + n);
+        const Vec both = Kind::ROUNDED ? scale * load(x_scales + (line + n) * LANES) : scale;
+        total[n] = fma(Kind::number(sum[n]), both, total[n]);
     }
 }
 
@@ -110,88 +101,57 @@ INLINE void prefetch_scales(const PackedLinear &job, int64_t row) {
     }
 }
 
-// Add the products of the next LINES lines of each row to its totals from FIRST on.
-template <class Kind, int BITS, int FIRST, int LINES, int ROWS>
-INLINE void multiply_next(const PackedLinear &job, const uint8_t *codes, const float *const (&scales)[ROWS],
-                          int64_t line, Vec (&total)[ROWS][AT_ONCE]) {
-    const int64_t bytes = job.in * BITS / 8;
-    __m512i some[ROWS][LINES];
-    UNROLLED
-    for (int r = 0; r < ROWS; ++r) {
-        UNROLLED
-        for (int i = 0; i < LINES; ++i) {
-            const uint8_t *at = codes + r * bytes + (line + i) * LINE;
-            __builtin_prefetch(at + AHEAD, 0, 2);
-            some[r][i] = kept(load_line(at));
-        }
-    }
-    add_lines<Kind, BITS, FIRST>(some, (const uint32_t *)job.operand, scales, job.x_scales, line, total);
-}
-
-// Write the products of ROWS adjacent rows of W to `sums`: a vector for each row, whose lanes the caller adds up. The
-// results do not depend on ROWS. `codes`: where the first row begins. `every`: the scales and the minimums of each row.
-template <class Kind, int BITS, int ROWS>
-INLINE void multiply_adjacent(const PackedLinear &job, const uint8_t *codes, const float *every, Vec *sums) {
-    const int64_t stride = padded(chunks_of(job)), bytes = job.in * BITS / 8, lines = lines_of(job);
+// The products of a row of W, in the lanes of a vector. `scales` and `minimums`: those of the row.
+template <class Kind, int BITS>
+INLINE Vec multiply_row(const PackedLinear &job, const uint8_t *codes, const float *scales, const float *minimums) {
+    const int64_t bytes = job.in * BITS / 8, lines = lines_of(job), chunks = padded(chunks_of(job));
     const uint32_t *x = (const uint32_t *)job.operand;
-    const float *scales[ROWS];
-    Vec total[ROWS][AT_ONCE] = {};
-    UNROLLED
-    for (int r = 0; r < ROWS; ++r) scales[r] = every + 2 * r * stride;
+    Vec total[AT_ONCE] = {};
     int64_t line = 0;
     for (; (line + AT_ONCE) * LINE <= bytes; line += AT_ONCE) {
-        if constexpr (ROWS == 1) {
-            multiply_next<Kind, BITS, 0, AT_ONCE>(job, codes, scales, line, total);
-        } else {
-            multiply_next<Kind, BITS, 0, AT_ONCE / 2>(job, codes, scales, line, total);
-            multiply_next<Kind, BITS, AT_ONCE / 2, AT_ONCE / 2>(job, codes, scales, line + AT_ONCE / 2, total);
+        __m512i some[AT_ONCE];
+        UNROLLED
+        for (int i = 0; i < AT_ONCE; ++i) {
+            const uint8_t *at = codes + (line + i) * LINE;
+            __builtin_prefetch(at + AHEAD, 0, 2);
+            some[i] = kept(load_line(at));
         }
+        add_lines<Kind, BITS>(some, x, scales, job.x_scales, line, total);
+    }
+    Vec rest[1] = {};
+    for (int64_t c = 0; c < chunks; c += LANES) rest[0] = fma(load(minimums + c), load(job.sums + c), rest[0]);
+    if ((line + 2) * LINE <= bytes) {
+        const __m512i some[2] = {load_line(codes + line * LINE), load_line(codes + (line + 1) * LINE)};
+        Vec two[2] = {};
+        add_lines<Kind, BITS>(some, x, scales, job.x_scales, line, two);
+        rest[0] += two[0] + two[1];
+        line += 2;
+    }
+    for (; line < lines; ++line) {
+        const bool all = (line + 1) * LINE <= bytes;
+        const __m512i some[1] = {
+            all ? load_line(codes + line * LINE) : _mm512_zextsi256_si512(raw<__m256i>(codes + line * LINE))};
+        add_lines<Kind, BITS>(some, x, scales, job.x_scales, line, rest);
     }
     UNROLLED
-    for (int r = 0; r < ROWS; ++r) {
-        const uint8_t *own = codes + r * bytes;
-        const float *const own_scales[] = {scales[r]};
-        Vec rest[1][1] = {};
-        for (int64_t c = 0; c < stride; c += LANES)
-            rest[0][0] = fma(load(scales[r] + stride + c), load(job.sums + c), rest[0][0]);
-        int64_t left = line;
-        if ((left + 2) * LINE <= bytes) {
-            const __m512i some[1][2] = {{load_line(own + left * LINE), load_line(own + (left + 1) * LINE)}};
-            Vec two[1][2] = {};
-            add_lines<Kind, BITS, 0>(some, x, own_scales, job.x_scales, left, two);
-            rest[0][0] += two[0][0] + two[0][1];
-            left += 2;
-        }
-        for (; left < lines; ++left) {
-            const bool all = (left + 1) * LINE <= bytes;
-            const __m512i some[1][1] = {
-                {all ? load_line(own + left * LINE) : _mm512_zextsi256_si512(raw<__m256i>(own + left * LINE))}};
-            add_lines<Kind, BITS, 0>(some, x, own_scales, job.x_scales, left, rest);
-        }
-        sums[r] = rest[0][0];
-        UNROLLED
-        for (int i = 0; i < AT_ONCE; ++i) sums[r] += total[r][i];
-    }
+    for (int i = 0; i < AT_ONCE; ++i) rest[0] += total[i];
+    return rest[0];
 }
 
 template <class Kind, int BITS>
 APART void multiply_lines(const PackedLinear &job, int64_t begin, int64_t end) {
     const int64_t stride = padded(chunks_of(job)), bytes = job.in * BITS / 8;
     static thread_local std::vector<float> room;
-    float *every = aligned(room, LANES * 2 * stride);
+    float *scales = aligned(room, 2 * stride), *minimums = scales + stride;
     Vec sums[LANES] = {};
     for (int64_t n = begin; n < end; n += LANES) {
         const int64_t count = std::min<int64_t>(LANES, end - n);
-        // First, so that the products of a row need not wait for them.
-        for (int64_t k = 0; k < count; ++k)
-            chunk_scales<Kind, BITS>(job, n + k, every + 2 * k * stride, every + (2 * k + 1) * stride);
-        for (int64_t k = 0, rows; k < count; k += rows) {
-            const uint8_t *codes = job.packed + (n + k) * bytes;
-            const float *own = every + 2 * k * stride;
-            rows = BITS == 4 && job.in > LONG_X && k + 1 < count ? 2 : 1;
-            for (int64_t row = 0; row < rows; ++row) prefetch_scales(job, n + k + row + LANES);
-            if (BITS == 4 && rows == 2) multiply_adjacent<Kind, BITS, 2>(job, codes, own, sums + k);
-            else multiply_adjacent<Kind, BITS, 1>(job, codes, own, sums + k);
+        for (int64_t k = 0; k < count; ++k) {
+            // Row by row: a processor converts the scales during the products of the row before. Those of LANES rows at
+            // once would take 5 % of the time.
+            chunk_scales<Kind, BITS>(job, n + k, scales, minimums);
+            prefetch_scales(job, n + k + LANES);
+            sums[k] = multiply_row<Kind, BITS>(job, job.packed + (n + k) * bytes, scales, minimums);
         }
         write_outputs(job, VARIANT::sums(sums), 0, n, count);
     }

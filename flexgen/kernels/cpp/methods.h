@@ -1,5 +1,5 @@
-// Which kernel multiplies how many rows of x. The numbers are measured on an EPYC (Zen 4); benchmarks/packed_linear.py times
-// the products. Another choice changes the order of sums, but not their exactness.
+// Which kernel multiplies how many rows of x. The numbers are measured on an EPYC (Zen 4; those of AVX2, Zen 3);
+// benchmarks/packed_linear.py times the products. Another choice changes the order of sums, but not their exactness.
 #pragma once
 
 #include <cstdint>
@@ -8,13 +8,15 @@ namespace VARIANT {
 namespace linear {
 
 enum class Method {
-    lines,  // lines.h: a row of W after the other, line by line
+    lines,  // lines.h, rounded.h: a row of W after the other, line by line
     strips,  // fused.h: 16 rows of W at a time, unpacked in registers for each block of x
-    panels,  // panels.h: 32 rows of W at a time, unpacked once for all rows of x
+    panels,  // panels.h, rounded.h: 32 or 16 rows of W at a time, unpacked once for all rows of x
     vector,  // matrix_vector.h: a row of W after the other
     tiles,  // tiles.h: tiles of a few rows of W and of x
-    outer,  // outer.h: whole vectors of rows of x; only for bfloat16 with dot products
+    outer,  // outer.h, float_outer.h: whole vectors of rows of x
     blocks,  // linear.h: a few rows of W at a time, unpacked in registers for each block of x
+    one_row,  // one_row.h: one row of x with the codes of two rows of W at a time
+    few_rows,  // few_rows.h: four to eight rows of x with weights that are decoded in registers
 };
 
 struct Range {
@@ -26,6 +28,8 @@ constexpr int64_t ANY = INT64_MAX;
 // With dot products of bfloat16 or int8:
 constexpr Range INT4_BY_DOTS[] = {{1, Method::lines}, {ANY, Method::strips}};
 constexpr Range INT8_BY_DOTS[] = {{1, Method::lines}, {64, Method::strips}, {ANY, Method::panels}};
+// With sums of products of short integers (rounded.h):
+constexpr Range ROUNDED[] = {{1, Method::lines}, {ANY, Method::panels}};
 // In float32, except for plain bfloat16:
 constexpr Range INTEGERS[] = {{16, Method::blocks}, {ANY, Method::tiles}};
 constexpr Range HALVES[] = {{1, Method::vector}, {ANY, Method::tiles}};
@@ -50,20 +54,75 @@ inline bool by_dots(const PackedLinear &job) {
 #ifdef FLEXGEN_DOT_BF16
     if (job.bits == 16 || job.group % DOTS_GROUP) return false;
     return job.rounded ? job.group == DOTS_GROUP : job.type == Type::bfloat16;
+#elif defined(FLEXGEN_DOT_BYTES)
+    return job.rounded && job.bits != 16 && job.group == DOTS_GROUP;
 #else
     (void)job;
     return false;
 #endif
 }
 
-// Whether the rows of x fill nine tenths of the lanes of two or more vectors, if each lane is a row. The last vector may be
-// half a vector.
-inline bool fills_lanes(int64_t rows) { return rows > LANES && 10 * rows >= 9 * whole(rows, LANES / 2); }
+// Outer products begin with more rows of x than FEWEST_ROWS, and the last vector of rows has a multiple of ROW_UNIT lanes.
+#ifdef FLEXGEN_FLOAT_OUTER
+constexpr int64_t FEWEST_ROWS = 31, ROW_UNIT = LANES;
+#else
+constexpr int64_t FEWEST_ROWS = LANES, ROW_UNIT = LANES / 2;
+#endif
+
+// Whether the rows of x fill nine tenths of the lanes of their vectors, if each lane is a row.
+inline bool fills_lanes(int64_t rows) { return rows > FEWEST_ROWS && 10 * rows >= 9 * whole(rows, ROW_UNIT); }
+
+// Whether the variant multiplies the types of `job` by outer products.
+inline bool has_outer(const PackedLinear &job) {
+#ifdef FLEXGEN_FLOAT_OUTER
+    (void)job;
+    return true;
+#else
+    return by_pairs(job);
+#endif
+}
+
+constexpr int64_t ONE_ROW_GROUP = 64;  // groups for Method::one_row are multiples of it
+
+// Whether the variant multiplies one row of x in float32 with the codes themselves.
+inline bool has_one_row(const PackedLinear &job) {
+#ifdef FLEXGEN_ONE_ROW
+    return job.rows == 1 && job.bits == 4 && job.group % ONE_ROW_GROUP == 0;
+#else
+    (void)job;
+    return false;
+#endif
+}
+
+// For Method::few_rows: the rows of x, and the largest groups.
+constexpr int LEAST_FEW_ROWS = 4, MOST_FEW_ROWS = 8;
+constexpr int64_t FEW_ROWS_GROUP = 512;
+
+// Whether the variant multiplies a few rows of x with blocks of values that stay in the L1 cache.
+inline bool has_few_rows(const PackedLinear &job) {
+#ifdef FLEXGEN_FEW_ROWS
+    return job.rows >= LEAST_FEW_ROWS && job.rows <= MOST_FEW_ROWS && job.group <= FEW_ROWS_GROUP;
+#else
+    (void)job;
+    return false;
+#endif
+}
+
+inline const Range *ranges_by_dots(const PackedLinear &job) {
+#ifdef FLEXGEN_DOT_BYTES
+    (void)job;
+    return ROUNDED;
+#else
+    return job.bits == 4 ? INT4_BY_DOTS : INT8_BY_DOTS;
+#endif
+}
 
 inline Method method_of(const PackedLinear &job) {
-    const Range *range = by_dots(job) ? (job.bits == 4 ? INT4_BY_DOTS : INT8_BY_DOTS) : job.bits == 16 ? HALVES : INTEGERS;
+    const Range *range = by_dots(job) ? ranges_by_dots(job) : job.bits == 16 ? HALVES : INTEGERS;
     while (job.rows > range->rows) ++range;
-    if (range->method == Method::tiles && by_pairs(job) && fills_lanes(job.rows)) return Method::outer;
+    if (range->method == Method::tiles && has_outer(job) && fills_lanes(job.rows)) return Method::outer;
+    if (range->method == Method::blocks && has_one_row(job)) return Method::one_row;
+    if (range->method == Method::blocks && has_few_rows(job)) return Method::few_rows;
     return range->method;
 }
 

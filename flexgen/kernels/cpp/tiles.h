@@ -84,16 +84,15 @@ TARGET void fill_plain(const PackedLinear &job, int64_t row, int64_t from, int64
 }
 
 // The same for whole groups of integers.
-template <int BITS>
+template <class S, int BITS>
 TARGET void fill_packed(const PackedLinear &job, int64_t row, int64_t from, int64_t count, float *to) {
     const int64_t octets = job.group * BITS / 8;
     for (int64_t g = row * job.groups() + from / job.group; count > 0; ++g, count -= job.group, to += job.group) {
-        float both[2];
-        widen(job.scale_type, job.scales, g, both, 1);
-        widen(job.scale_type, job.minimums, g, both + 1, 1);
-        const Vec scale = splat(both[0]), minimum = splat(both[1]);
+        const Vec scale = splat(scalar((const S *)job.scales + g));
+        const Vec minimum = splat(scalar((const S *)job.minimums + g));
         for (int64_t i = 0; i < octets; i += LANES) {
             const Words codes = load_octets(job.packed + g * octets + i);
+            UNROLLED
             for (int part = 0; part < 8 / BITS; ++part) {
                 const Words q = BITS == 8 ? codes : part ? codes >> 4 : codes & 15;
                 store(to + part * octets + i, fma(to_float(q), scale, minimum));
@@ -102,11 +101,16 @@ TARGET void fill_packed(const PackedLinear &job, int64_t row, int64_t from, int6
     }
 }
 
+// S: the type of scales, or of W.
+template <class S>
+TARGET void fill_as(const PackedLinear &job, int64_t row, int64_t from, int64_t count, float *to) {
+    if (job.bits == 4) return fill_packed<S, 4>(job, row, from, count, to);
+    if (job.bits == 8) return fill_packed<S, 8>(job, row, from, count, to);
+    fill_plain<S>(job, row, from, count, to);
+}
 TARGET inline void fill(const PackedLinear &job, int64_t row, int64_t from, int64_t count, float *to) {
-    if (job.bits == 4) return fill_packed<4>(job, row, from, count, to);
-    if (job.bits == 8) return fill_packed<8>(job, row, from, count, to);
-    if (job.scale_type == Type::bfloat16) return fill_plain<Bf16>(job, row, from, count, to);
-    fill_plain<Half>(job, row, from, count, to);
+    if (job.scale_type == Type::bfloat16) return fill_as<Bf16>(job, row, from, count, to);
+    fill_as<Half>(job, row, from, count, to);
 }
 
 // Copy values of a row in bfloat16, with zeros up to a whole cache line.

@@ -47,6 +47,13 @@ INLINE Vec load(const Bf16 *from) {
 }
 INLINE Vec load(const Half *from) { return from_half(raw<Shorts>(from)); }
 
+// One element. A vector with one element would be loaded from memory after a store, which takes longer.
+INLINE float scalar(const Bf16 *x) {
+    const uint32_t bits = (uint32_t)x->bits << 16;
+    return raw<float>(&bits);
+}
+INLINE float scalar(const Half *x) { return from_half_scalar(x->bits); }
+
 // A run of elements, widened in the order with the fewest operations. Queries, keys and sums have the same order.
 // Variants may define better ones.
 template <class T>

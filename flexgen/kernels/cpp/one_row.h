@@ -1,0 +1,147 @@
+// Products of one row of x with group-wise integers of four bits, in float32, for processors without dot products.
+//
+// With the scale s, the minimum m and the codes q of a group:  x . w = s * (x . q) + m * sum(x). So a value takes a mask, a
+// conversion and a product. Codes keep their places in a dword, and x is divided by the powers of two of these places once.
+//
+// Two rows of W share the loads of x. A block of x stays in the L1 cache for all rows of a strip; meanwhile, the next strip,
+// which is one run of memory, is prefetched. Each row has the same sums in any strip.
+#pragma once
+
+namespace VARIANT {
+namespace linear {
+namespace one_row {
+
+constexpr int PARTS = 8;  // the codes of a dword
+constexpr int64_t CHUNK = LANES * (int64_t)sizeof(uint32_t);  // bytes of codes in a vector
+constexpr int64_t CHUNK_VALUES = 2 * CHUNK;
+static_assert(ONE_ROW_GROUP % CHUNK_VALUES == 0, "a chunk has codes of only one group");
+constexpr int64_t STRIP = 16;  // rows of W
+constexpr int64_t BLOCK_BYTES = 16 << 10;  // of x
+constexpr int PAIR = 2;  // rows of W that are multiplied at once
+// Independent sums of a row: a sum waits for the previous one, and a processor looks only a few chunks ahead.
+constexpr int CHAINS = 2;
+
+// Vector i of the result has octet i of each dword, of 32 octets.
+INLINE void by_octets(const float *from, Vec (&to)[4]) {
+    __m256 some[4];
+    UNROLLED
+    for (int i = 0; i < 4; ++i) some[i] = _mm256_set_m128(_mm_loadu_ps(from + 16 + 4 * i), _mm_loadu_ps(from + 4 * i));
+    const __m256d a = (__m256d)_mm256_unpacklo_ps(some[0], some[1]), b = (__m256d)_mm256_unpacklo_ps(some[2], some[3]);
+    const __m256d c = (__m256d)_mm256_unpackhi_ps(some[0], some[1]), d = (__m256d)_mm256_unpackhi_ps(some[2], some[3]);
+    to[0] = (Vec)_mm256_unpacklo_pd(a, b);
+    to[1] = (Vec)_mm256_unpackhi_pd(a, b);
+    to[2] = (Vec)_mm256_unpacklo_pd(c, d);
+    to[3] = (Vec)_mm256_unpackhi_pd(c, d);
+}
+
+// x: for each chunk, a vector for each part. `sums`: of the groups, padded.
+TARGET void prepare(PackedLinear &job) {
+    const int64_t groups = job.groups(), octets = job.group / 2;
+    float *room = aligned(job.wide, 2 * job.in + padded(groups)), *row = room + job.in, *totals = row + job.in, *to = room;
+    widen(job.type, job.x, 0, row, job.in);
+    for (int64_t g = 0; g < groups; g += LANES) {
+        Vec total[LANES] = {};
+        for (int64_t i = 0; i < std::min<int64_t>(LANES, groups - g); ++i)
+            for (int64_t at = 0; at < job.group; at += LANES) total[i] += load(row + (g + i) * job.group + at);
+        store(totals + g, sums(total));
+    }
+    for (int64_t g = 0; g < groups; ++g)
+        for (int64_t at = 0; at < octets; at += CHUNK, to += CHUNK_VALUES) {
+            UNROLLED
+            for (int half = 0; half < 2; ++half) {
+                Vec some[4];
+                by_octets(row + g * job.group + half * octets + at, some);
+                UNROLLED
+                for (int i = 0; i < 4; ++i) {
+                    const int part = 2 * i + half;  // the last one is shifted, because conversions are signed
+                    store(to + part * LANES, some[i] * (part == PARTS - 1 ? 1.0f : 1.0f / (1u << 4 * part)));
+                }
+            }
+        }
+    job.operand = room;
+    job.sums = totals;
+    job.block = STRIP;
+}
+
+INLINE Vec codes_of(Words dwords, int part) {
+    return to_float(part == PARTS - 1 ? dwords >> 28 : dwords & (15u << 4 * part));
+}
+
+// A block of two rows of W.
+struct Block {
+    const uint8_t *codes[PAIR];
+    const float *scales[PAIR];
+};
+
+// Add the products of `groups` groups of `chunks` chunks to `totals`. Prefetch `step` bytes from `ahead` for each chunk.
+APART void multiply_block(const Block &w, const float *x, int64_t groups, int64_t chunks, const uint8_t *ahead, int64_t step,
+                          Vec (&totals)[PAIR]) {
+    Vec total[PAIR] = {totals[0], totals[1]};
+    int64_t at = 0;
+    for (int64_t g = 0; g < groups; ++g) {
+        Vec sum[PAIR][CHAINS] = {};
+        for (int64_t c = 0; c < chunks; ++c, at += CHUNK, ahead += step, x += CHUNK_VALUES) {
+            const Words dwords[PAIR] = {raw<Words>(w.codes[0] + at), raw<Words>(w.codes[1] + at)};
+            __builtin_prefetch(ahead, 0, 2);
+            UNROLLED
+            for (int p = 0; p < PARTS; ++p) {
+                const Vec values = load(x + p * LANES);
+                UNROLLED
+                for (int k = 0; k < PAIR; ++k)
+                    sum[k][p % CHAINS] = fma(codes_of(dwords[k], p), values, sum[k][p % CHAINS]);
+            }
+        }
+        UNROLLED
+        for (int k = 0; k < PAIR; ++k) {
+            UNROLLED
+            for (int chain = 1; chain < CHAINS; ++chain) sum[k][0] += sum[k][chain];
+            total[k] = fma(sum[k][0], splat(w.scales[k][g]), total[k]);
+        }
+    }
+    totals[0] = total[0];
+    totals[1] = total[1];
+}
+
+TARGET void multiply(const PackedLinear &job, int64_t begin, int64_t end) {
+    const int64_t groups = job.groups(), stride = padded(groups), row_bytes = job.in / 2, chunks = job.group / CHUNK_VALUES;
+    const int64_t most = std::max<int64_t>(BLOCK_BYTES / (int64_t)sizeof(float) / job.group, 1);
+    static thread_local std::vector<float> room;
+    float *scales = aligned(room, (STRIP + 1) * stride), *minimums = scales + STRIP * stride;
+    std::fill_n(minimums, stride, 0.0f);
+    for (int64_t n = begin; n < end; n += STRIP) {
+        const int64_t count = std::min(STRIP, end - n);
+        Vec totals[STRIP / PAIR][PAIR] = {};
+        for (int64_t k = 0; k < count; ++k) {
+            widen(job.scale_type, job.scales, (n + k) * groups, scales + k * stride, groups);
+            widen(job.scale_type, job.minimums, (n + k) * groups, minimums, groups);
+            Vec total = {};
+            for (int64_t g = 0; g < stride; g += LANES) total = fma(load(minimums + g), load(job.sums + g), total);
+            totals[k / PAIR][k % PAIR] = total;
+        }
+        const uint8_t *codes = job.packed + n * row_bytes, *next = codes + STRIP * row_bytes;
+        for (int64_t first = 0; first < groups; first += most) {
+            const int64_t some = std::min(most, groups - first), offset = first * chunks * CHUNK;
+            for (int64_t k = 0; k < count; k += PAIR) {
+                const int64_t other = std::min(k + 1, count - 1);  // memory beyond the last row must not be read
+                const Block w = {{codes + k * row_bytes + offset, codes + other * row_bytes + offset},
+                                 {scales + k * stride + first, scales + other * stride + first}};
+                multiply_block(w, (const float *)job.operand + first * job.group, some, chunks, next, PAIR * CHUNK,
+                               totals[k / PAIR]);
+                next += PAIR * some * chunks * CHUNK;
+            }
+        }
+        for (int64_t k = 0; k < count; k += LANES) {
+            Vec some[LANES];
+            for (int64_t i = 0; i < LANES; ++i) some[i] = totals[(k + i) / PAIR][(k + i) % PAIR];
+            const int64_t written = std::min<int64_t>(LANES, count - k);
+            float found[LANES], bias[LANES] = {};
+            if (job.bias) widen(job.type, job.bias, n + k, bias, written);
+            store(found, sums(some) + load(bias));
+            for (int64_t i = 0; i < written; ++i) write(job.type, job.y, n + k + i, found[i]);
+        }
+    }
+}
+
+}  // namespace one_row
+}  // namespace linear
+}  // namespace VARIANT
