@@ -9,7 +9,6 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --constraint constraints.txt $(PIP_FLAGS)
 
 CUDA := .venv-cuda/bin/python
-RACES := tests/fakecuda/test_races.py
 
 .PHONY: help demo test test-fast test-cuda test-marked-gpu lint docs format clean
 
@@ -38,17 +37,14 @@ test-fast: .venv/.installed-test
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -m "not slow" --numprocesses auto --maxprocesses 8 --dist worksteal
 
 # On a simulated GPU, without a GPU or a driver: the tests marked gpu, with correct numbers, and then tests/fakecuda. Most
-# of the latter count launches, waits and bytes, and need no numbers. The tests for races run in processes of their own,
-# because torch's callbacks for events stay until the process ends and make later tests twenty times slower.
+# of the latter count launches, waits and bytes, and need no numbers.
 test-cuda: test-marked-gpu
-	OMP_NUM_THREADS=1 $(CUDA) tests/fakecuda/run.py -m pytest -q tests/fakecuda --ignore $(RACES) \
-	    --numprocesses auto --maxprocesses 8 --dist worksteal
-	OMP_NUM_THREADS=1 $(CUDA) tests/fakecuda/run.py -m pytest -q $(RACES) --numprocesses auto \
-	    --maxprocesses 8 --dist worksteal
+	OMP_NUM_THREADS=1 $(CUDA) tests/fakecuda/run.py -m pytest -q tests/fakecuda --numprocesses auto --maxprocesses 8 \
+	    --dist worksteal
 
 test-marked-gpu: .venv-cuda/.installed
-	OMP_NUM_THREADS=1 $(CUDA) tests/fakecuda/run.py -m pytest -q -p simulated.plugin -m gpu --numprocesses auto \
-	    --maxprocesses 8 --dist worksteal
+	OMP_NUM_THREADS=1 $(CUDA) tests/fakecuda/run.py -m pytest -q -p simulated.plugin -m gpu --ignore tests/fakecuda \
+	    --numprocesses auto --maxprocesses 8 --dist worksteal
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check --no-cache

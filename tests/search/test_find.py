@@ -57,6 +57,14 @@ def small(machine, gpu, cpu="400MiB", disk="4GiB", **changes):
     return machine(capacity={"gpu": gpu, "cpu": cpu, "disk": disk}, **changes)
 
 
+ALL_OPEN = Auto()
+
+
+def quickly(spec, hardware, workload, auto=ALL_OPEN, order=None):
+    """`find_policy` with less effort, for what holds of any search."""
+    return find_for_job(Job.checked(spec, hardware, workload, order=order), auto, effort=QUICK)
+
+
 def took(spec, policy, hardware, workload, **asked):
     return predict(spec, policy, hardware, workload, **asked).report.total_s
 
@@ -131,7 +139,7 @@ def test_what_is_found_fits_and_sums_to_a_whole(gpu, cpu, prompts, lossy, attend
     hardware = small(machine, gpu * MIB, cpu * MIB)
     workload = Workload(100, 6, prompts)
     try:
-        found = find_policy(opt, hardware, workload, Auto({"attend_on": attend_on}, lossy))
+        found = quickly(opt, hardware, workload, Auto({"attend_on": attend_on}, lossy))
     except CapacityError:
         smallest = Policy(weights={"disk": 100}, cache={"disk": 100}, activations={"disk": 100}, overlap=False,
                           attend_on=attend_on)  # fmt: skip
@@ -245,7 +253,7 @@ def test_a_tier_has_one_codec(opt, machine):
     ],
 )
 def test_what_is_fixed_stays(fixed, opt, machine):
-    found = find_policy(opt, small(machine, "200MiB"), Workload(100, 5, 9), Auto(fixed, lossy=True))
+    found = quickly(opt, small(machine, "200MiB"), Workload(100, 5, 9), Auto(fixed, lossy=True))
     for candidate in (found.best, *found.runners_up):
         expected = Policy(**fixed)
         for name in fixed:
@@ -272,7 +280,7 @@ COPYING = Workload(100, 60, 4, copied=3.0)
     ],
 )
 def test_guesses_where_the_link_binds(workload, changes, fixed, guesses, opt, machine):
-    best = find_policy(opt, small(machine, "100MiB", **changes), workload, Auto(fixed)).best
+    best = quickly(opt, small(machine, "100MiB", **changes), workload, Auto(fixed)).best
     assert bool(best.policy.guess) == guesses
     plain = took(opt, best.policy.replace(guess=0), small(machine, "100MiB", **changes), workload)
     if guesses and "guess" not in fixed:
@@ -292,7 +300,7 @@ SHORT = Workload(20, 400, 96, mean_new=20)
     ],
 )
 def test_all_cache_is_reserved_if_rows_are_long_or_you_say_so(workload, fixed, opt, machine):
-    best = find_policy(opt, small(machine, "100MiB"), workload, Auto(fixed)).best
+    best = quickly(opt, small(machine, "100MiB"), workload, Auto(fixed)).best
     assert best.policy.reserve_new == 0
 
 
@@ -303,8 +311,8 @@ def test_guesses_are_tried_only_if_all_cache_is_reserved(opt, machine):
 
 def test_less_cache_for_each_row_makes_room_for_more(opt, machine):
     hardware = small(machine, "100MiB")
-    best = find_policy(opt, hardware, SHORT).best
-    whole = find_policy(opt, hardware, SHORT, Auto({"reserve_new": 0})).best
+    best = quickly(opt, hardware, SHORT).best
+    whole = quickly(opt, hardware, SHORT, Auto({"reserve_new": 0})).best
     assert best.policy.reserve_new in (20, 40)
     assert best.tokens_s > 1.02 * whole.tokens_s
     again = predict(opt, best.policy, hardware, SHORT, order=best.order).report
@@ -385,27 +393,25 @@ def test_layers_of_a_mixture_are_whole_if_that_overlaps_better():
 
 @pytest.mark.parametrize("order", sorted(ORDERS))
 def test_a_fixed_order_is_kept(order, opt, machine):
-    found = find_policy(opt, small(machine, "170MiB"), Workload(16, 8, 8), Auto(ON_HOST), order=order)
+    found = quickly(opt, small(machine, "170MiB"), Workload(16, 8, 8), Auto(ON_HOST), order=order)
     assert {candidate.order for candidate in (found.best, *found.runners_up)} == {order}
 
 
 def test_codecs_only_where_they_are_allowed_and_known(opt, machine):
     hardware, workload = small(machine, "150MiB", "150MiB"), Workload(100, 5, 8)
     shape = {"gpu_batch_size": 4, "num_gpu_batches": 2}
-    exact, lossy = (
-        find_policy(opt, hardware, workload, Auto(shape, allowed)).best for allowed in (False, True)
-    )
+    exact, lossy = (quickly(opt, hardware, workload, Auto(shape, allowed)).best for allowed in (False, True))
     assert lossy.tokens_s > 1.1 * exact.tokens_s
     chosen = {split[tier].codec for split in (lossy.policy.weights, lossy.policy.cache) for tier in Tier}
     assert chosen - {"none"}
     # A machine that was measured knows them by the dtype that comes out.
     by_dtype = hardware.replace(decoding={f"float32 {codec}": 1e8 for codec in ("int4", "int8")})
-    assert find_policy(opt, by_dtype, workload, Auto(shape, lossy=True)).best.policy == lossy.policy
+    assert quickly(opt, by_dtype, workload, Auto(shape, lossy=True)).best.policy == lossy.policy
     others = hardware.replace(decoding={"float16 int4": 1e8, "float16 int8": 1e8})
-    found = find_policy(opt, others, workload, Auto(shape, lossy=True)).best.policy
+    found = quickly(opt, others, workload, Auto(shape, lossy=True)).best.policy
     assert not {found.weights[tier].codec for tier in Tier} & {"int4", "int8"}
     none = hardware.replace(decoding={}, device_attention={"float32": 1e8}, host_attention={"float32": 1e7})
-    found = find_policy(opt, none, workload, Auto(shape, lossy=True)).best.policy
+    found = quickly(opt, none, workload, Auto(shape, lossy=True)).best.policy
     chosen = {split[tier].codec for split in (found.weights, found.cache) for tier in Tier}
     assert not chosen & {"int4", "int8"}, "a codec that expects nothing of a machine needs its figures"
     assert "fp8" in chosen, "fp8 expects its rates of the machine's memory"
@@ -419,7 +425,7 @@ def test_codecs_that_round_activations_are_only_chosen_by_name(opt, host, monkey
     workload, shape = Workload(100, 5, 8), {"gpu_batch_size": 4, "num_gpu_batches": 2}
 
     def chosen(fixed):
-        found = find_policy(opt, hardware, workload, Auto(fixed, lossy=True)).best.policy
+        found = quickly(opt, hardware, workload, Auto(fixed, lossy=True)).best.policy
         return {split[tier].codec for split in (found.weights, found.cache) for tier in Tier}
 
     assert not chosen(shape) & set(rounded)
@@ -460,7 +466,7 @@ def test_one_new_token_has_no_decode(opt, machine):
 
 
 def test_the_last_block_is_about_as_full_as_the_others(opt, machine):
-    best = find_policy(opt, small(machine, "150MiB"), Workload(100, 5, 13), Auto({"num_gpu_batches": 3})).best
+    best = quickly(opt, small(machine, "150MiB"), Workload(100, 5, 13), Auto({"num_gpu_batches": 3})).best
     blocks = -(-13 // best.policy.block_size)
     assert blocks * best.policy.block_size - 13 < best.policy.num_gpu_batches * blocks
 
@@ -501,14 +507,14 @@ def test_prompts_are_computed_in_parts_where_whole_ones_do_not_fit(opt, machine)
 
 def test_what_fits_nowhere_is_refused_with_what_is_short(opt, machine):
     with pytest.raises(CapacityError) as refused:
-        find_policy(opt, small(machine, "30MiB", "30MiB"), Workload(100, 5, 8))
+        quickly(opt, small(machine, "30MiB", "30MiB"), Workload(100, 5, 8))
     said = str(refused.value)
     assert re.match(r"no policy for .* fits round, which is short by [\d.]+ MiB of (gpu|cpu)", said)
     assert re.search(
         r"the policy needs .* on the (gpu|cpu) tier, which has 30 MiB .*, with 1 x 1 prompts", said
     )
     with pytest.raises(CapacityError, match=r"short by [\d.]+ MiB of gpu"):
-        find_policy(opt, small(machine, "150MiB"), Workload(24, 5, 8), Auto({"weights": {"gpu": 100}}))
+        quickly(opt, small(machine, "150MiB"), Workload(24, 5, 8), Auto({"weights": {"gpu": 100}}))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 
+import pytest
+
+from simulated.groups import simulated_kernels
 from simulated.numbers import Numbers
 from simulated.threads import in_every_thread
 
@@ -20,3 +24,10 @@ def pytest_sessionstart() -> None:
 
 def pytest_sessionfinish() -> None:
     _run.close()
+
+
+@pytest.fixture(autouse=True)
+def without_the_interpreter() -> Iterator[None]:
+    """Triton's interpreter takes ten times as long as the rest of a mixture. The fake kernel computes the same."""
+    with simulated_kernels():
+        yield

@@ -165,35 +165,38 @@ def _blocks(name: str, args: Any, kwargs: Any) -> bool:
     return not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
 
 
-_current: _Handler | None = None
+def _callbacks(name: str) -> list[Any]:
+    registry = "".join(map(str.capitalize, name.split("_"))) + "Callbacks"
+    return getattr(gpu_trace, registry).callback_list
 
 
-def _register() -> None:
-    """torch's callbacks stay registered for good, so they ask for the handler of the moment."""
-    torch._C._activate_gpu_trace()
+def _forget_all() -> None:
     for name in _CALLBACKS:
+        _callbacks(name).clear()
 
-        def call(*args: Any, _method: str = f"_handle_{name}") -> None:
-            if (handler := _current) is not None:
-                with handler.lock:
-                    getattr(handler, _method)(*args)
 
-        getattr(gpu_trace, f"register_callback_for_{name}")(call)
+# torch registers callbacks when its module is imported. They store a stack trace for each allocation, also in tests
+# that look for no races, which then take many times as long.
+_forget_all()
+
+
+def _call(handler: _Handler, name: str, *args: Any) -> None:
+    with handler.lock:
+        getattr(handler, f"_handle_{name}")(*args)
 
 
 @contextlib.contextmanager
 def watched() -> Iterator[Races]:
     """Look for races in all threads that begin meanwhile, and in this one."""
-    global _current
-    assert _current is None, "one watch at a time"
-    races = Races()
-    if not hasattr(watched, "registered"):
-        _register()
-        watched.registered = True  # type: ignore[attr-defined]
+    assert not any(map(_callbacks, _CALLBACKS)), "one watch at a time"
+    torch._C._activate_gpu_trace()
     torch.cuda.synchronize()
-    _current = handler = _Handler(races)
+    races = Races()
+    handler = _Handler(races)
+    for name in _CALLBACKS:
+        _callbacks(name).append(partial(_call, handler, name))
     try:
         with in_every_thread(lambda: _Watch(handler)):
             yield races
     finally:
-        _current = None
+        _forget_all()
