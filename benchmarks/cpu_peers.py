@@ -10,10 +10,11 @@ model has two layers of the Qwen3-30B-A3B shape, each with 128 experts, and a vo
 in `cpu_peers_mixture.json`.
 
 A case is a number format and a batch, such as `int4-8`. Formats of 16 bits are compared with all engines, `int8` and
-`int4` (8.5 and 4.5 bits per weight) with llama.cpp's Q8_0 and Q4_0, which have the same bits. All engines get the
-same weights, token ids and number of threads, decode greedily and stop at no token. Each engine runs in a process
-that stays open; a repeat runs each of them once, one after the other, and measures the read bandwidth of the memory.
-Times are medians of the repeats, ratios medians of the ratios of each repeat: above 1, flexgen is faster.
+`int4` (8.5 and 4.5 bits per weight) with llama.cpp's Q8_0 and Q4_0, which have the same bits. With these, llama.cpp
+rounds activations to int8; flexgen does so only with `int8_a8` and `int4_a8`. All engines get the same weights, token
+ids and number of threads, decode greedily and stop at no token. Each engine runs in a process that stays open; a
+repeat runs each of them once, one after the other, and measures the read bandwidth of the memory. Times are medians
+of the repeats, ratios medians of the ratios of each repeat: above 1, flexgen is faster.
 
 With --limit, the model does not fit: each run is a new process in a memory control group of that size (Linux, as
 root), with an empty page cache. flexgen runs with `policy="auto"`, llama.cpp maps its file; the other engines do not
@@ -46,7 +47,7 @@ from flexgen.units import parse_bytes
 MODELS = {"llama-1b-32k": "cpu_peers", "qwen3-30b-a3b-cut": "cpu_peers_mixture"}
 """The models by name, with the name of their results."""
 PROMPT_LEN = 128
-FORMATS = ("bf16", "fp16", "int8", "int4")
+FORMATS = ("bf16", "fp16", "int8", "int4", "int8_a8", "int4_a8")
 BATCHES = (1, 8, 32)
 CASES = [f"{form}-{batch}" for form in FORMATS for batch in BATCHES]
 OURS = "flexgen"

@@ -31,7 +31,7 @@ from record import save
 from flexgen import OptLM, Policy
 from flexgen.kernels.tape import Profile, profiled
 
-BITS = {"int8": 8.5, "int4": 4.5}
+BITS = {"int8": 8.5, "int4": 4.5, "int8_a8": 8.5, "int4_a8": 4.5}
 
 
 def main() -> None:

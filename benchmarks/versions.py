@@ -3,7 +3,7 @@
     python benchmarks/versions.py CHECKOUT --offload-dir DIR
 
 Each checkout runs in its own process, and each case runs alternately in both. Both need their compiled kernels
-(`python setup.py build_ext --inplace`). The cases are: eight layers of the Llama-1B shape in host memory (`memory`),
+(`pip install --editable .` in each). The cases are: eight layers of the Llama-1B shape in host memory (`memory`),
 the same with weights on disk (`disk`), a tiny model, whose time is the overhead of the host (`host`), and a search
 for OPT-30B on the preset `t4` (`search`). A ratio is the median over the repeats of the other checkout's seconds over
 this one's: above 1, this one is faster. Keep the machine idle.

@@ -16,7 +16,7 @@ from flexgen import OptLM, Policy, Workload
 from flexgen.memory.cpu import peak_resident_bytes, resident_bytes
 
 DTYPES = {"fp16": "float16"}
-CODECS = ("int4", "int8")
+CODECS = ("int4", "int8", "int4_a8", "int8_a8")
 
 
 def main() -> None:

@@ -20,9 +20,10 @@ from protocol import job, prompt_ids, serve
 
 def main() -> None:
     work = job()
-    path = Path(work["model"]) / f"{work['format']}.gguf"
+    form = work["format"].removesuffix("_a8")  # it always rounds activations to int8 with such weights
+    path = Path(work["model"]) / f"{form}.gguf"
     if not path.exists():
-        write_gguf(Path(work["model"]), path, work["format"])
+        write_gguf(Path(work["model"]), path, form)
     batch, prompt_len, new = work["batch"], work["prompt_len"], work["new"]
     llama.llama_log_set(silent, ctypes.c_void_p())
     model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
