@@ -87,7 +87,7 @@ constexpr int64_t ONE_ROW_GROUP = 64;  // groups for Method::one_row are multipl
 // Whether the variant multiplies one row of x in float32 with the codes themselves.
 inline bool has_one_row(const PackedLinear &job) {
 #ifdef FLEXGEN_ONE_ROW
-    return job.rows == 1 && job.bits == 4 && job.group % ONE_ROW_GROUP == 0;
+    return job.rows == 1 && job.bits != 16 && job.group % ONE_ROW_GROUP == 0;
 #else
     (void)job;
     return false;

@@ -1,4 +1,4 @@
-// Products of one row of x with group-wise integers of four bits, in float32, for processors without dot products.
+// Products of one row of x with group-wise integers, in float32, for processors without dot products.
 //
 // With the scale s, the minimum m and the codes q of a group:  x . w = s * (x . q) + m * sum(x). So a value takes a mask, a
 // conversion and a product. Codes keep their places in a dword, and x is divided by the powers of two of these places once.
@@ -11,15 +11,27 @@ namespace VARIANT {
 namespace linear {
 namespace one_row {
 
-constexpr int PARTS = 8;  // the codes of a dword
 constexpr int64_t CHUNK = LANES * (int64_t)sizeof(uint32_t);  // bytes of codes in a vector
-constexpr int64_t CHUNK_VALUES = 2 * CHUNK;
-static_assert(ONE_ROW_GROUP % CHUNK_VALUES == 0, "a chunk has codes of only one group");
 constexpr int64_t STRIP = 16;  // rows of W
 constexpr int64_t BLOCK_BYTES = 16 << 10;  // of x
 constexpr int PAIR = 2;  // rows of W that are multiplied at once
 // Independent sums of a row: a sum waits for the previous one, and a processor looks only a few chunks ahead.
 constexpr int CHAINS = 2;
+
+template <int BITS>
+struct Codes {
+    static constexpr int PARTS = 32 / BITS;  // the codes of a dword
+    static constexpr int64_t VALUES = PARTS * LANES;  // of a chunk
+    static constexpr int64_t LEAST_CHUNKS = ONE_ROW_GROUP / VALUES;  // of a group
+    static_assert(ONE_ROW_GROUP % VALUES == 0, "a chunk has codes of only one group");
+
+    INLINE static Vec of(Words dwords, int part) {
+        const int shift = BITS * part;  // the last code is shifted, because conversions are signed
+        return to_float(part == PARTS - 1 ? dwords >> shift : dwords & (((1u << BITS) - 1) << shift));
+    }
+    // What x is multiplied with.
+    static constexpr float factor(int part) { return part == PARTS - 1 ? 1.0f : 1.0f / (1u << BITS * part); }
+};
 
 // Vector i of the result has octet i of each dword, of 32 octets.
 INLINE void by_octets(const float *from, Vec (&to)[4]) {
@@ -35,8 +47,11 @@ INLINE void by_octets(const float *from, Vec (&to)[4]) {
 }
 
 // x: for each chunk, a vector for each part. `sums`: of the groups, padded.
-TARGET void prepare(PackedLinear &job) {
-    const int64_t groups = job.groups(), octets = job.group / 2;
+template <int BITS>
+TARGET void prepare_bits(PackedLinear &job) {
+    typedef Codes<BITS> Kind;
+    constexpr int EACH = 8 / BITS;  // the codes of an octet. Those of a group with two: all first ones, then all second ones
+    const int64_t groups = job.groups(), octets = job.group / EACH;
     float *room = aligned(job.wide, 2 * job.in + padded(groups)), *row = room + job.in, *totals = row + job.in, *to = room;
     widen(job.type, job.x, 0, row, job.in);
     for (int64_t g = 0; g < groups; g += LANES) {
@@ -46,15 +61,15 @@ TARGET void prepare(PackedLinear &job) {
         store(totals + g, sums(total));
     }
     for (int64_t g = 0; g < groups; ++g)
-        for (int64_t at = 0; at < octets; at += CHUNK, to += CHUNK_VALUES) {
+        for (int64_t at = 0; at < octets; at += CHUNK, to += Kind::VALUES) {
             UNROLLED
-            for (int half = 0; half < 2; ++half) {
+            for (int code = 0; code < EACH; ++code) {
                 Vec some[4];
-                by_octets(row + g * job.group + half * octets + at, some);
+                by_octets(row + g * job.group + code * octets + at, some);
                 UNROLLED
                 for (int i = 0; i < 4; ++i) {
-                    const int part = 2 * i + half;  // the last one is shifted, because conversions are signed
-                    store(to + part * LANES, some[i] * (part == PARTS - 1 ? 1.0f : 1.0f / (1u << 4 * part)));
+                    const int part = EACH * i + code;
+                    store(to + part * LANES, some[i] * Kind::factor(part));
                 }
             }
         }
@@ -63,47 +78,60 @@ TARGET void prepare(PackedLinear &job) {
     job.block = STRIP;
 }
 
-INLINE Vec codes_of(Words dwords, int part) {
-    return to_float(part == PARTS - 1 ? dwords >> 28 : dwords & (15u << 4 * part));
-}
+TARGET inline void prepare(PackedLinear &job) { job.bits == 4 ? prepare_bits<4>(job) : prepare_bits<8>(job); }
 
-// A block of two rows of W.
+// A block of rows of W.
 struct Block {
     const uint8_t *codes[PAIR];
     const float *scales[PAIR];
 };
 
-// Add the products of `groups` groups of `chunks` chunks to `totals`. Prefetch `step` bytes from `ahead` for each chunk.
-APART void multiply_block(const Block &w, const float *x, int64_t groups, int64_t chunks, const uint8_t *ahead, int64_t step,
+// Add the products of `groups` groups of `chunks` chunks to `totals`. LEAST: the number of chunks is the constant, so that
+// compilers make no loop. Prefetch PAIR vectors from `ahead` for each chunk.
+template <int BITS, bool LEAST>
+APART void multiply_block(const Block &w, const float *x, int64_t groups, int64_t chunks, const uint8_t *ahead,
                           Vec (&totals)[PAIR]) {
-    Vec total[PAIR] = {totals[0], totals[1]};
+    typedef Codes<BITS> Kind;
+    Vec total[PAIR];
+    UNROLLED
+    for (int k = 0; k < PAIR; ++k) total[k] = totals[k];
     int64_t at = 0;
     for (int64_t g = 0; g < groups; ++g) {
-        Vec sum[PAIR][CHAINS] = {};
-        for (int64_t c = 0; c < chunks; ++c, at += CHUNK, ahead += step, x += CHUNK_VALUES) {
-            const Words dwords[PAIR] = {raw<Words>(w.codes[0] + at), raw<Words>(w.codes[1] + at)};
-            __builtin_prefetch(ahead, 0, 2);
+        Vec sum[PAIR][CHAINS];
+        UNROLLED
+        for (int k = 0; k < PAIR; ++k) {
             UNROLLED
-            for (int p = 0; p < PARTS; ++p) {
+            for (int c = 0; c < CHAINS; ++c) sum[k][c] = Vec{};
+        }
+        UNROLLED
+        for (int64_t c = 0; c < (LEAST ? Kind::LEAST_CHUNKS : chunks); ++c, at += CHUNK, x += Kind::VALUES) {
+            Words dwords[PAIR];
+            UNROLLED
+            for (int k = 0; k < PAIR; ++k) dwords[k] = raw<Words>(w.codes[k] + at);
+            __builtin_prefetch(ahead + PAIR * at, 0, 2);
+            UNROLLED
+            for (int p = 0; p < Kind::PARTS; ++p) {
                 const Vec values = load(x + p * LANES);
                 UNROLLED
-                for (int k = 0; k < PAIR; ++k)
-                    sum[k][p % CHAINS] = fma(codes_of(dwords[k], p), values, sum[k][p % CHAINS]);
+                for (int k = 0; k < PAIR; ++k) sum[k][p % CHAINS] = fma(Kind::of(dwords[k], p), values, sum[k][p % CHAINS]);
             }
         }
         UNROLLED
         for (int k = 0; k < PAIR; ++k) {
             UNROLLED
-            for (int chain = 1; chain < CHAINS; ++chain) sum[k][0] += sum[k][chain];
+            for (int c = 1; c < CHAINS; ++c) sum[k][0] += sum[k][c];
             total[k] = fma(sum[k][0], splat(w.scales[k][g]), total[k]);
         }
     }
-    totals[0] = total[0];
-    totals[1] = total[1];
+    UNROLLED
+    for (int k = 0; k < PAIR; ++k) totals[k] = total[k];
 }
 
-TARGET void multiply(const PackedLinear &job, int64_t begin, int64_t end) {
-    const int64_t groups = job.groups(), stride = padded(groups), row_bytes = job.in / 2, chunks = job.group / CHUNK_VALUES;
+template <int BITS>
+TARGET void multiply_bits(const PackedLinear &job, int64_t begin, int64_t end) {
+    typedef Codes<BITS> Kind;
+    const int64_t groups = job.groups(), stride = padded(groups), row_bytes = job.in * BITS / 8;
+    const int64_t chunks = job.group / Kind::VALUES;
     const int64_t most = std::max<int64_t>(BLOCK_BYTES / (int64_t)sizeof(float) / job.group, 1);
     static thread_local std::vector<float> room;
     float *scales = aligned(room, (STRIP + 1) * stride), *minimums = scales + STRIP * stride;
@@ -122,24 +150,28 @@ TARGET void multiply(const PackedLinear &job, int64_t begin, int64_t end) {
         for (int64_t first = 0; first < groups; first += most) {
             const int64_t some = std::min(most, groups - first), offset = first * chunks * CHUNK;
             for (int64_t k = 0; k < count; k += PAIR) {
-                const int64_t other = std::min(k + 1, count - 1);  // memory beyond the last row must not be read
-                const Block w = {{codes + k * row_bytes + offset, codes + other * row_bytes + offset},
-                                 {scales + k * stride + first, scales + other * stride + first}};
-                multiply_block(w, (const float *)job.operand + first * job.group, some, chunks, next, PAIR * CHUNK,
-                               totals[k / PAIR]);
+                Block w;
+                for (int i = 0; i < PAIR; ++i) {
+                    const int64_t row = std::min(k + i, count - 1);  // memory beyond the last row must not be read
+                    w.codes[i] = codes + row * row_bytes + offset;
+                    w.scales[i] = scales + row * stride + first;
+                }
+                const float *x = (const float *)job.operand + first * job.group;
+                if (chunks == Kind::LEAST_CHUNKS) multiply_block<BITS, true>(w, x, some, chunks, next, totals[k / PAIR]);
+                else multiply_block<BITS, false>(w, x, some, chunks, next, totals[k / PAIR]);
                 next += PAIR * some * chunks * CHUNK;
             }
         }
         for (int64_t k = 0; k < count; k += LANES) {
             Vec some[LANES];
             for (int64_t i = 0; i < LANES; ++i) some[i] = totals[(k + i) / PAIR][(k + i) % PAIR];
-            const int64_t written = std::min<int64_t>(LANES, count - k);
-            float found[LANES], bias[LANES] = {};
-            if (job.bias) widen(job.type, job.bias, n + k, bias, written);
-            store(found, sums(some) + load(bias));
-            for (int64_t i = 0; i < written; ++i) write(job.type, job.y, n + k + i, found[i]);
+            write_outputs(job, sums(some), 0, n + k, std::min<int64_t>(LANES, count - k));
         }
     }
+}
+
+TARGET inline void multiply(const PackedLinear &job, int64_t begin, int64_t end) {
+    job.bits == 4 ? multiply_bits<4>(job, begin, end) : multiply_bits<8>(job, begin, end);
 }
 
 }  // namespace one_row
