@@ -127,25 +127,29 @@ APART void multiply_block(const Block &w, const float *x, int64_t groups, int64_
     for (int k = 0; k < PAIR; ++k) totals[k] = total[k];
 }
 
-template <int BITS>
-TARGET void multiply_bits(const PackedLinear &job, int64_t begin, int64_t end) {
+// The products of the minimums of a row and the sums of x.
+template <class S>
+INLINE Vec multiply_minimums(const S *minimums, const float *sums, int64_t groups) {
+    Vec total = {};
+    int64_t g = 0;
+    for (; g + LANES <= groups; g += LANES) total = fma(load(minimums + g), load(sums + g), total);
+    return g == groups ? total : fma(load_part(minimums + g, groups - g), load(sums + g), total);
+}
+
+// S: the type of scales.
+template <int BITS, class S>
+TARGET void multiply_strips(const PackedLinear &job, int64_t begin, int64_t end) {
     typedef Codes<BITS> Kind;
-    const int64_t groups = job.groups(), stride = padded(groups), row_bytes = job.in * BITS / 8;
-    const int64_t chunks = job.group / Kind::VALUES;
+    const int64_t groups = job.groups(), row_bytes = job.in * BITS / 8, chunks = job.group / Kind::VALUES;
     const int64_t most = std::max<int64_t>(BLOCK_BYTES / (int64_t)sizeof(float) / job.group, 1);
     static thread_local std::vector<float> room;
-    float *scales = aligned(room, (STRIP + 1) * stride), *minimums = scales + STRIP * stride;
-    std::fill_n(minimums, stride, 0.0f);
+    float *scales = aligned(room, STRIP * groups);
     for (int64_t n = begin; n < end; n += STRIP) {
         const int64_t count = std::min(STRIP, end - n);
         Vec totals[STRIP / PAIR][PAIR] = {};
-        for (int64_t k = 0; k < count; ++k) {
-            widen(job.scale_type, job.scales, (n + k) * groups, scales + k * stride, groups);
-            widen(job.scale_type, job.minimums, (n + k) * groups, minimums, groups);
-            Vec total = {};
-            for (int64_t g = 0; g < stride; g += LANES) total = fma(load(minimums + g), load(job.sums + g), total);
-            totals[k / PAIR][k % PAIR] = total;
-        }
+        widen((const S *)job.scales + n * groups, scales, count * groups);
+        for (int64_t k = 0; k < count; ++k)
+            totals[k / PAIR][k % PAIR] = multiply_minimums((const S *)job.minimums + (n + k) * groups, job.sums, groups);
         const uint8_t *codes = job.packed + n * row_bytes, *next = codes + STRIP * row_bytes;
         for (int64_t first = 0; first < groups; first += most) {
             const int64_t some = std::min(most, groups - first), offset = first * chunks * CHUNK;
@@ -154,7 +158,7 @@ TARGET void multiply_bits(const PackedLinear &job, int64_t begin, int64_t end) {
                 for (int i = 0; i < PAIR; ++i) {
                     const int64_t row = std::min(k + i, count - 1);  // memory beyond the last row must not be read
                     w.codes[i] = codes + row * row_bytes + offset;
-                    w.scales[i] = scales + row * stride + first;
+                    w.scales[i] = scales + row * groups + first;
                 }
                 const float *x = (const float *)job.operand + first * job.group;
                 if (chunks == Kind::LEAST_CHUNKS) multiply_block<BITS, true>(w, x, some, chunks, next, totals[k / PAIR]);
@@ -170,8 +174,12 @@ TARGET void multiply_bits(const PackedLinear &job, int64_t begin, int64_t end) {
     }
 }
 
+template <class S>
+TARGET void multiply_as(const PackedLinear &job, int64_t begin, int64_t end) {
+    job.bits == 4 ? multiply_strips<4, S>(job, begin, end) : multiply_strips<8, S>(job, begin, end);
+}
 TARGET inline void multiply(const PackedLinear &job, int64_t begin, int64_t end) {
-    job.bits == 4 ? multiply_bits<4>(job, begin, end) : multiply_bits<8>(job, begin, end);
+    job.scale_type == Type::float16 ? multiply_as<Half>(job, begin, end) : multiply_as<Bf16>(job, begin, end);
 }
 
 }  // namespace one_row
