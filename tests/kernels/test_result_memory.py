@@ -239,6 +239,7 @@ def test_a_child_process_has_a_memory_of_its_own(in_call):
 
 
 def _use_in_child(kept):
+    torch.set_num_threads(1)  # a child process has no threads of OpenMP, and would wait for them
     assert not RESULT_MEMORY.keeps and (kept == 9).all()
     RESULT_MEMORY.begin("its own")
     assert empty_result((2 * MIB,), torch.uint8).fill_(1).nbytes == RESULT_MEMORY.resident

@@ -1,7 +1,7 @@
-// Products of 4 to 8 rows of x with group-wise integers, in float32, for processors without dot products. A weight is decoded
-// once, in registers, and multiplied with all rows of x, whose sums are in registers too.
+// Products of 4 to 16 rows of x with group-wise integers, in float32, for processors without dot products. A weight is decoded
+// in registers, and multiplied with up to 8 rows of x, whose sums are in registers too.
 //
-// These rows of x are larger than the L1 cache. Therefore a block of their values stays there for all rows of a strip of W.
+// All rows of x are larger than the L1 cache. Therefore a depth of their values stays there for all rows of a strip of W.
 // Meanwhile, the next strip is prefetched, which is one run of memory. The sum of a row of W and a row of x is the same with any
 // other rows.
 #pragma once
@@ -15,20 +15,26 @@ using linear::padded;
 using linear::widen;
 using linear::write_outputs;
 
-constexpr int64_t BLOCK = linear::FEW_ROWS_GROUP;  // the most values of a block
-constexpr int64_t PITCH = BLOCK + LANES;  // of x: two loads from rows at once would use the same banks of the L1 cache
+constexpr int MOST_X = 8;  // rows of x that are multiplied at once
 constexpr int64_t STRIP = 16;  // rows of W
+constexpr int blocks_of(int64_t rows) { return (int)((rows + MOST_X - 1) / MOST_X); }  // of rows of x
+// From a row of x to the next one. With LANES less, two loads from rows at once would use the same banks of the L1 cache.
+template <int BLOCKS>
+constexpr int64_t PITCH = linear::few_rows_depth(BLOCKS) + LANES;
 // The rows of W that share the loads of x. A sum waits for the previous one, so four sums would be slower than eight.
 constexpr int weights_of(int x) { return x == 4 ? 2 : 1; }
 
-inline int64_t block_depth(const PackedLinear &job) { return BLOCK / job.group * job.group; }  // values, in whole groups
+inline int64_t depth_of(const PackedLinear &job) {  // values, in whole groups
+    return linear::few_rows_depth(blocks_of(job.rows)) / job.group * job.group;
+}
 
-// The layout of x: for each block, the values of all rows, with PITCH between rows.
+// The layout of x: for each depth, the values of all rows.
 TARGET inline void prepare(PackedLinear &job) {
-    const int64_t depth = block_depth(job), blocks = (job.in + depth - 1) / depth;
-    float *x = aligned(job.wide, blocks * job.rows * PITCH), *to = x;
+    const int64_t depth = depth_of(job), depths = (job.in + depth - 1) / depth;
+    const int64_t pitch = blocks_of(job.rows) == 1 ? PITCH<1> : PITCH<2>;
+    float *x = aligned(job.wide, depths * job.rows * pitch), *to = x;
     for (int64_t at = 0; at < job.in; at += depth)
-        for (int64_t m = 0; m < job.rows; ++m, to += PITCH)
+        for (int64_t m = 0; m < job.rows; ++m, to += pitch)
             widen(job.type, job.x, m * job.in + at, to, std::min(depth, job.in - at));
     job.operand = x;
     job.block = STRIP;
@@ -44,7 +50,7 @@ struct Groups {
 };
 
 // Add the products with X rows of x to `totals` (WEIGHTS, X).
-template <int BITS, int X, int WEIGHTS>
+template <int BITS, int X, int64_t PITCH, int WEIGHTS>
 APART void add_groups(const Groups<WEIGHTS> &w, const float *x, Vec *totals) {
     const int64_t octets = w.size * BITS / 8;
     Vec sum[WEIGHTS][X];
@@ -93,16 +99,19 @@ struct Strip {
     int64_t row(int64_t k) const { return std::min(k, count - 1); }  // memory beyond the last row must not be read
 };
 
-template <int BITS, int X>
+// The first row of a block of X rows of x. The last one begins early enough to be complete, and computes some rows twice.
+inline int64_t first_row(const PackedLinear &job, int block, int x) { return std::min<int64_t>(block * x, job.rows - x); }
+
+template <int BITS, int X, int BLOCKS>
 TARGET void multiply_strip(const PackedLinear &job, const Strip &strip) {
     constexpr int WEIGHTS = weights_of(X);
-    const int64_t octets = job.group * BITS / 8, row_bytes = job.groups() * octets, most = block_depth(job) / job.group;
+    const int64_t octets = job.group * BITS / 8, row_bytes = job.groups() * octets, most = depth_of(job) / job.group;
     const uint8_t *codes = job.packed + strip.first * row_bytes, *next = codes + STRIP * row_bytes;
     const float *x = (const float *)job.operand;
-    Vec totals[STRIP * X] = {};
-    for (int64_t g = 0; g < job.groups(); g += most, x += X * PITCH) {
+    Vec totals[BLOCKS][STRIP * X] = {};
+    for (int64_t g = 0; g < job.groups(); g += most, x += job.rows * PITCH<BLOCKS>) {
         const int64_t count = std::min(most, job.groups() - g);
-        for (int64_t k = 0; k < strip.count; k += WEIGHTS, next += WEIGHTS * count * octets) {
+        for (int64_t k = 0; k < strip.count; k += WEIGHTS) {
             Groups<WEIGHTS> w{};
             for (int i = 0; i < WEIGHTS; ++i) {
                 const int64_t row = strip.row(k + i), place = row * strip.stride + g;
@@ -112,22 +121,33 @@ TARGET void multiply_strip(const PackedLinear &job, const Strip &strip) {
             }
             w.count = count;
             w.size = job.group;
-            w.ahead = next;
-            add_groups<BITS, X, WEIGHTS>(w, x, totals + k * X);
+            for (int block = 0; block < BLOCKS; ++block) {
+                // The last block prefetches what is next; it finds the codes in the L1 cache.
+                w.ahead = block == BLOCKS - 1 ? next : w.codes[0];
+                const float *rows = x + first_row(job, block, X) * PITCH<BLOCKS>;
+                add_groups<BITS, X, PITCH<BLOCKS>, WEIGHTS>(w, rows, totals[block] + k * X);
+            }
+            next += WEIGHTS * count * octets;
         }
     }
-    for (int64_t m = 0; m < X; ++m)
-        for (int64_t k = 0; k < strip.count; k += LANES) {
-            Vec some[LANES];
-            for (int64_t i = 0; i < LANES; ++i) some[i] = totals[(k + i) * X + m];
-            write_outputs(job, sums(some), m, strip.first + k, std::min<int64_t>(LANES, strip.count - k));
-        }
+    for (int block = 0; block < BLOCKS; ++block)
+        for (int64_t m = 0; m < X; ++m)
+            for (int64_t k = 0; k < strip.count; k += LANES) {
+                Vec some[LANES];
+                for (int64_t i = 0; i < LANES; ++i) some[i] = totals[block][(k + i) * X + m];
+                const int64_t written = std::min<int64_t>(LANES, strip.count - k);
+                write_outputs(job, sums(some), first_row(job, block, X) + m, strip.first + k, written);
+            }
 }
 
-template <int BITS, int X = linear::MOST_FEW_ROWS>
+template <int BITS, int BLOCKS, int X = MOST_X>
 TARGET void multiply_rows(const PackedLinear &job, const Strip &strip) {
-    if (job.rows == X) return multiply_strip<BITS, X>(job, strip);
-    if constexpr (X > linear::LEAST_FEW_ROWS) multiply_rows<BITS, X - 1>(job, strip);
+    if ((job.rows + BLOCKS - 1) / BLOCKS == X) return multiply_strip<BITS, X, BLOCKS>(job, strip);
+    if constexpr (X > linear::LEAST_FEW_ROWS) multiply_rows<BITS, BLOCKS, X - 1>(job, strip);
+}
+template <int BITS>
+TARGET void multiply_bits(const PackedLinear &job, const Strip &strip) {
+    blocks_of(job.rows) == 1 ? multiply_rows<BITS, 1>(job, strip) : multiply_rows<BITS, 2>(job, strip);
 }
 
 TARGET inline void multiply(const PackedLinear &job, int64_t begin, int64_t end) {
@@ -140,7 +160,7 @@ TARGET inline void multiply(const PackedLinear &job, int64_t begin, int64_t end)
             widen(job.scale_type, job.scales, (n + k) * groups, scales + k * stride, groups);
             widen(job.scale_type, job.minimums, (n + k) * groups, minimums + k * stride, groups);
         }
-        job.bits == 4 ? multiply_rows<4>(job, strip) : multiply_rows<8>(job, strip);
+        job.bits == 4 ? multiply_bits<4>(job, strip) : multiply_bits<8>(job, strip);
     }
 }
 

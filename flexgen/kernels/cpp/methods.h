@@ -16,7 +16,7 @@ enum class Method {
     outer,  // outer.h, float_outer.h: whole vectors of rows of x
     blocks,  // linear.h: a few rows of W at a time, unpacked in registers for each block of x
     one_row,  // one_row.h: one row of x with the codes of two rows of W at a time
-    few_rows,  // few_rows.h: four to eight rows of x with weights that are decoded in registers
+    few_rows,  // few_rows.h: 4 to 16 rows of x with weights that are decoded in registers
 };
 
 struct Range {
@@ -94,14 +94,15 @@ inline bool has_one_row(const PackedLinear &job) {
 #endif
 }
 
-// For Method::few_rows: the rows of x, and the largest groups.
-constexpr int LEAST_FEW_ROWS = 4, MOST_FEW_ROWS = 8;
-constexpr int64_t FEW_ROWS_GROUP = 512;
+// For Method::few_rows: the rows of x, and the most values of each of them that are in the L1 cache.
+constexpr int LEAST_FEW_ROWS = 4, MOST_FEW_ROWS = 16;
+constexpr int64_t few_rows_depth(int64_t blocks) { return blocks == 1 ? 512 : 256; }  // blocks of 8 rows
 
 // Whether the variant multiplies a few rows of x with blocks of values that stay in the L1 cache.
 inline bool has_few_rows(const PackedLinear &job) {
 #ifdef FLEXGEN_FEW_ROWS
-    return job.rows >= LEAST_FEW_ROWS && job.rows <= MOST_FEW_ROWS && job.group <= FEW_ROWS_GROUP;
+    return job.rows >= LEAST_FEW_ROWS && job.rows <= MOST_FEW_ROWS &&
+           job.group <= few_rows_depth((job.rows + 7) / 8);
 #else
     (void)job;
     return false;
