@@ -50,25 +50,35 @@ INLINE Vec sums(const Vec (&x)[LANES]) {
     return (Vec)_mm256_permute2f128_ps(a, b, 0x20) + (Vec)_mm256_permute2f128_ps(a, b, 0x31);
 }
 
+// Dword i of vector k becomes dword k of vector i.
+template <class V>
+INLINE void transpose(V (&x)[LANES]) {
+    __m256i pairs[LANES], fours[LANES];
+    UNROLLED
+    for (int i = 0; i < LANES; i += 2) {
+        pairs[i] = _mm256_unpacklo_epi32((__m256i)x[i], (__m256i)x[i + 1]);
+        pairs[i + 1] = _mm256_unpackhi_epi32((__m256i)x[i], (__m256i)x[i + 1]);
+    }
+    UNROLLED
+    for (int i = 0; i < LANES; i += 4) {
+        UNROLLED
+        for (int k = 0; k < 2; ++k) {
+            fours[i + 2 * k] = _mm256_unpacklo_epi64(pairs[i + k], pairs[i + k + 2]);
+            fours[i + 2 * k + 1] = _mm256_unpackhi_epi64(pairs[i + k], pairs[i + k + 2]);
+        }
+    }
+    UNROLLED
+    for (int i = 0; i < 4; ++i) {
+        x[i] = (V)_mm256_permute2x128_si256(fours[i], fours[4 + i], 0x20);
+        x[4 + i] = (V)_mm256_permute2x128_si256(fours[i], fours[4 + i], 0x31);
+    }
+}
+
 // Transpose 8 rows of floats with distance `stride`: `to[i]` is column i.
 INLINE void transpose(const float *from, int64_t stride, Vec (&to)[LANES]) {
-    __m256 pairs[8];
     UNROLLED
-    for (int i = 0; i < 8; i += 2) {
-        const Vec a = load(from + i * stride), b = load(from + (i + 1) * stride);
-        pairs[i] = _mm256_unpacklo_ps(a, b);
-        pairs[i + 1] = _mm256_unpackhi_ps(a, b);
-    }
-    UNROLLED
-    for (int c = 0; c < 4; ++c) {
-        const __m256d a = (__m256d)pairs[c / 2], b = (__m256d)pairs[2 + c / 2];
-        const __m256d d = (__m256d)pairs[4 + c / 2], e = (__m256d)pairs[6 + c / 2];
-        // Columns c and 4 + c of the first and of the last four rows.
-        const __m256 first = (__m256)(c % 2 ? _mm256_unpackhi_pd(a, b) : _mm256_unpacklo_pd(a, b));
-        const __m256 second = (__m256)(c % 2 ? _mm256_unpackhi_pd(d, e) : _mm256_unpacklo_pd(d, e));
-        to[c] = _mm256_permute2f128_ps(first, second, 0x20);
-        to[4 + c] = _mm256_permute2f128_ps(first, second, 0x31);
-    }
+    for (int i = 0; i < LANES; ++i) to[i] = load(from + i * stride);
+    transpose(to);
 }
 
 }  // namespace avx2

@@ -10,28 +10,26 @@ namespace VARIANT {
 namespace few_rows {
 
 using linear::aligned;
+using linear::few_rows_blocks;
+using linear::few_rows_depth;
 using linear::LINE;
-using linear::padded;
 using linear::widen;
 using linear::write_outputs;
 
-constexpr int MOST_X = 8;  // rows of x that are multiplied at once
 constexpr int64_t STRIP = 16;  // rows of W
-constexpr int blocks_of(int64_t rows) { return (int)((rows + MOST_X - 1) / MOST_X); }  // of rows of x
 // From a row of x to the next one. With LANES less, two loads from rows at once would use the same banks of the L1 cache.
-template <int BLOCKS>
-constexpr int64_t PITCH = linear::few_rows_depth(BLOCKS) + LANES;
+constexpr int64_t pitch_of(int blocks) { return few_rows_depth(blocks) + LANES; }
 // The rows of W that share the loads of x. A sum waits for the previous one, so four sums would be slower than eight.
 constexpr int weights_of(int x) { return x == 4 ? 2 : 1; }
 
 inline int64_t depth_of(const PackedLinear &job) {  // values, in whole groups
-    return linear::few_rows_depth(blocks_of(job.rows)) / job.group * job.group;
+    return few_rows_depth(few_rows_blocks(job.rows)) / job.group * job.group;
 }
 
 // The layout of x: for each depth, the values of all rows.
 TARGET inline void prepare(PackedLinear &job) {
     const int64_t depth = depth_of(job), depths = (job.in + depth - 1) / depth;
-    const int64_t pitch = blocks_of(job.rows) == 1 ? PITCH<1> : PITCH<2>;
+    const int64_t pitch = pitch_of(few_rows_blocks(job.rows));
     float *x = aligned(job.wide, depths * job.rows * pitch), *to = x;
     for (int64_t at = 0; at < job.in; at += depth)
         for (int64_t m = 0; m < job.rows; ++m, to += pitch)
@@ -91,9 +89,9 @@ APART void add_groups(const Groups<WEIGHTS> &w, const float *x, Vec *totals) {
     }
 }
 
-// A strip of W, with its scales and minimums (STRIP, padded groups) in float32.
+// A strip of W, with its scales and minimums (count, groups) in float32.
 struct Strip {
-    int64_t first, count, stride;
+    int64_t first, count;
     const float *scales, *minimums;
 
     int64_t row(int64_t k) const { return std::min(k, count - 1); }  // memory beyond the last row must not be read
@@ -107,14 +105,15 @@ TARGET void multiply_strip(const PackedLinear &job, const Strip &strip) {
     constexpr int WEIGHTS = weights_of(X);
     const int64_t octets = job.group * BITS / 8, row_bytes = job.groups() * octets, most = depth_of(job) / job.group;
     const uint8_t *codes = job.packed + strip.first * row_bytes, *next = codes + STRIP * row_bytes;
+    constexpr int64_t PITCH = pitch_of(BLOCKS);
     const float *x = (const float *)job.operand;
     Vec totals[BLOCKS][STRIP * X] = {};
-    for (int64_t g = 0; g < job.groups(); g += most, x += job.rows * PITCH<BLOCKS>) {
+    for (int64_t g = 0; g < job.groups(); g += most, x += job.rows * PITCH) {
         const int64_t count = std::min(most, job.groups() - g);
         for (int64_t k = 0; k < strip.count; k += WEIGHTS) {
             Groups<WEIGHTS> w{};
             for (int i = 0; i < WEIGHTS; ++i) {
-                const int64_t row = strip.row(k + i), place = row * strip.stride + g;
+                const int64_t row = strip.row(k + i), place = row * job.groups() + g;
                 w.codes[i] = codes + row * row_bytes + g * octets;
                 w.scales[i] = strip.scales + place;
                 w.minimums[i] = strip.minimums + place;
@@ -124,8 +123,8 @@ TARGET void multiply_strip(const PackedLinear &job, const Strip &strip) {
             for (int block = 0; block < BLOCKS; ++block) {
                 // The last block prefetches what is next; it finds the codes in the L1 cache.
                 w.ahead = block == BLOCKS - 1 ? next : w.codes[0];
-                const float *rows = x + first_row(job, block, X) * PITCH<BLOCKS>;
-                add_groups<BITS, X, PITCH<BLOCKS>, WEIGHTS>(w, rows, totals[block] + k * X);
+                const float *rows = x + first_row(job, block, X) * PITCH;
+                add_groups<BITS, X, PITCH, WEIGHTS>(w, rows, totals[block] + k * X);
             }
             next += WEIGHTS * count * octets;
         }
@@ -140,26 +139,24 @@ TARGET void multiply_strip(const PackedLinear &job, const Strip &strip) {
             }
 }
 
-template <int BITS, int BLOCKS, int X = MOST_X>
+template <int BITS, int BLOCKS, int X = linear::FEW_ROWS_BLOCK>
 TARGET void multiply_rows(const PackedLinear &job, const Strip &strip) {
     if ((job.rows + BLOCKS - 1) / BLOCKS == X) return multiply_strip<BITS, X, BLOCKS>(job, strip);
     if constexpr (X > linear::LEAST_FEW_ROWS) multiply_rows<BITS, BLOCKS, X - 1>(job, strip);
 }
 template <int BITS>
 TARGET void multiply_bits(const PackedLinear &job, const Strip &strip) {
-    blocks_of(job.rows) == 1 ? multiply_rows<BITS, 1>(job, strip) : multiply_rows<BITS, 2>(job, strip);
+    few_rows_blocks(job.rows) == 1 ? multiply_rows<BITS, 1>(job, strip) : multiply_rows<BITS, 2>(job, strip);
 }
 
 TARGET inline void multiply(const PackedLinear &job, int64_t begin, int64_t end) {
-    const int64_t groups = job.groups(), stride = padded(groups);
+    const int64_t groups = job.groups();
     static thread_local std::vector<float> room;
-    float *scales = aligned(room, 2 * STRIP * stride), *minimums = scales + STRIP * stride;
+    float *scales = aligned(room, 2 * STRIP * groups), *minimums = scales + STRIP * groups;
     for (int64_t n = begin; n < end; n += STRIP) {
-        const Strip strip = {n, std::min(STRIP, end - n), stride, scales, minimums};
-        for (int64_t k = 0; k < strip.count; ++k) {
-            widen(job.scale_type, job.scales, (n + k) * groups, scales + k * stride, groups);
-            widen(job.scale_type, job.minimums, (n + k) * groups, minimums + k * stride, groups);
-        }
+        const Strip strip = {n, std::min(STRIP, end - n), scales, minimums};
+        widen(job.scale_type, job.scales, n * groups, scales, strip.count * groups);
+        widen(job.scale_type, job.minimums, n * groups, minimums, strip.count * groups);
         job.bits == 4 ? multiply_bits<4>(job, strip) : multiply_bits<8>(job, strip);
     }
 }

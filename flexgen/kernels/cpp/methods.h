@@ -94,15 +94,17 @@ inline bool has_one_row(const PackedLinear &job) {
 #endif
 }
 
-// For Method::few_rows: the rows of x, and the most values of each of them that are in the L1 cache.
-constexpr int LEAST_FEW_ROWS = 4, MOST_FEW_ROWS = 16;
-constexpr int64_t few_rows_depth(int64_t blocks) { return blocks == 1 ? 512 : 256; }  // blocks of 8 rows
+// For Method::few_rows: the rows of x, in blocks of those that are multiplied at once, and the most values of each row that
+// are in the L1 cache.
+constexpr int LEAST_FEW_ROWS = 4, MOST_FEW_ROWS = 16, FEW_ROWS_BLOCK = 8;
+constexpr int few_rows_blocks(int64_t rows) { return rows <= FEW_ROWS_BLOCK ? 1 : 2; }
+constexpr int64_t few_rows_depth(int blocks) { return blocks == 1 ? 512 : 256; }
 
-// Whether the variant multiplies a few rows of x with blocks of values that stay in the L1 cache.
+// Whether the variant multiplies a few rows of x while some of their values stay in the L1 cache.
 inline bool has_few_rows(const PackedLinear &job) {
 #ifdef FLEXGEN_FEW_ROWS
     return job.rows >= LEAST_FEW_ROWS && job.rows <= MOST_FEW_ROWS &&
-           job.group <= few_rows_depth((job.rows + 7) / 8);
+           job.group <= few_rows_depth(few_rows_blocks(job.rows));
 #else
     (void)job;
     return false;

@@ -147,29 +147,6 @@ TARGET void order_blocks(const PackedLinear &job, int64_t first, int64_t last) {
     }
 }
 
-// Dword i of vector k becomes dword k of vector i.
-INLINE void transpose(__m256i (&x)[LANES]) {
-    __m256i pairs[LANES], fours[LANES];
-    UNROLLED
-    for (int i = 0; i < LANES; i += 2) {
-        pairs[i] = _mm256_unpacklo_epi32(x[i], x[i + 1]);
-        pairs[i + 1] = _mm256_unpackhi_epi32(x[i], x[i + 1]);
-    }
-    UNROLLED
-    for (int i = 0; i < LANES; i += 4) {
-        UNROLLED
-        for (int k = 0; k < 2; ++k) {
-            fours[i + 2 * k] = _mm256_unpacklo_epi64(pairs[i + k], pairs[i + k + 2]);
-            fours[i + 2 * k + 1] = _mm256_unpackhi_epi64(pairs[i + k], pairs[i + k + 2]);
-        }
-    }
-    UNROLLED
-    for (int i = 0; i < 4; ++i) {
-        x[i] = _mm256_permute2x128_si256(fours[i], fours[4 + i], 0x20);
-        x[4 + i] = _mm256_permute2x128_si256(fours[i], fours[4 + i], 0x31);
-    }
-}
-
 // The lines of the next run of a panel. Each step of the work prefetches `each` of them: all at once, they would wait for the
 // memory.
 template <class Kind>
