@@ -8,8 +8,7 @@
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 #define LANES 8
 #define SUM_REGISTERS 8
-#define FLEXGEN_ONE_ROW  // products of one row of x with group-wise integers, in float32
-#define FLEXGEN_FEW_ROWS  // products of a few rows of x with group-wise integers, in float32
+#define FLEXGEN_DWORDS  // products of one or a few rows of x with group-wise integers, in float32
 #define FLEXGEN_FLOAT_OUTER  // products of many rows of x by outer products in float32
 #define FLEXGEN_DOT_BYTES  // sums of products of int8, with vpmaddubsw and vpmaddwd
 #include "vectors.h"

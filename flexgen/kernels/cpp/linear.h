@@ -184,10 +184,9 @@ inline float *aligned(std::vector<float> &room, int64_t count) {
 #include "decode.h"
 #include "tiles.h"
 #include "matrix_vector.h"
-#ifdef FLEXGEN_ONE_ROW
+#ifdef FLEXGEN_DWORDS
+#include "dwords.h"
 #include "one_row.h"
-#endif
-#ifdef FLEXGEN_FEW_ROWS
 #include "few_rows.h"
 #endif
 #ifdef FLEXGEN_DOT_BF16
@@ -209,10 +208,8 @@ void multiply_any(const PackedLinear &job, int64_t begin, int64_t end) {
     case Method::vector: return multiply_plain_vector(job, begin, end);
     case Method::tiles: return multiply_tiled(job, begin, end);
     case Method::blocks: return multiply_bits<Wide>(job, begin, end);
-#ifdef FLEXGEN_ONE_ROW
+#ifdef FLEXGEN_DWORDS
     case Method::one_row: return one_row::multiply(job, begin, end);
-#endif
-#ifdef FLEXGEN_FEW_ROWS
     case Method::few_rows: return few_rows::multiply(job, begin, end);
 #endif
 #ifdef FLEXGEN_OUTER
@@ -248,10 +245,8 @@ TARGET void prepare_any(PackedLinear &job) {
     case Method::vector:
     case Method::blocks: return prepare_rows(job);
     case Method::tiles: return prepare_tiled(job);
-#ifdef FLEXGEN_ONE_ROW
+#ifdef FLEXGEN_DWORDS
     case Method::one_row: return one_row::prepare(job);
-#endif
-#ifdef FLEXGEN_FEW_ROWS
     case Method::few_rows: return few_rows::prepare(job);
 #endif
 #ifdef FLEXGEN_OUTER

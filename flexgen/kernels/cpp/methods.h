@@ -16,7 +16,7 @@ enum class Method {
     outer,  // outer.h, float_outer.h: whole vectors of rows of x
     blocks,  // linear.h: a few rows of W at a time, unpacked in registers for each block of x
     one_row,  // one_row.h: one row of x with the codes of two rows of W at a time
-    few_rows,  // few_rows.h: 4 to 16 rows of x with weights that are decoded in registers
+    few_rows,  // few_rows.h: 2 to 14 rows of x with weights that are decoded in registers
 };
 
 struct Range {
@@ -62,15 +62,19 @@ inline bool by_dots(const PackedLinear &job) {
 #endif
 }
 
-// Outer products begin with more rows of x than FEWEST_ROWS, and the last vector of rows has a multiple of ROW_UNIT lanes.
+// Outer products begin with more rows of x than `fewest_rows`, and the last vector of rows has a multiple of ROW_UNIT lanes.
 #ifdef FLEXGEN_FLOAT_OUTER
-constexpr int64_t FEWEST_ROWS = 31, ROW_UNIT = LANES;
+constexpr int64_t ROW_UNIT = LANES;
+inline int64_t fewest_rows(const PackedLinear &job) { return job.bits == 16 ? 2 * LANES : LANES; }
 #else
-constexpr int64_t FEWEST_ROWS = LANES, ROW_UNIT = LANES / 2;
+constexpr int64_t ROW_UNIT = LANES / 2;
+inline int64_t fewest_rows(const PackedLinear &) { return LANES; }
 #endif
 
 // Whether the rows of x fill nine tenths of the lanes of their vectors, if each lane is a row.
-inline bool fills_lanes(int64_t rows) { return rows > FEWEST_ROWS && 10 * rows >= 9 * whole(rows, ROW_UNIT); }
+inline bool fills_lanes(const PackedLinear &job) {
+    return job.rows > fewest_rows(job) && 10 * job.rows >= 9 * whole(job.rows, ROW_UNIT);
+}
 
 // Whether the variant multiplies the types of `job` by outer products.
 inline bool has_outer(const PackedLinear &job) {
@@ -82,33 +86,27 @@ inline bool has_outer(const PackedLinear &job) {
 #endif
 }
 
-constexpr int64_t ONE_ROW_GROUP = 64;  // groups for Method::one_row are multiples of it
+// For Method::few_rows: the rows of x, in blocks of those that are multiplied at once, and the most values of each row that
+// are in the L1 cache.
+constexpr int LEAST_FEW_ROWS = 2, MOST_FEW_ROWS = 16, FEW_ROWS_BLOCK = 8;
+constexpr int few_rows_blocks(int64_t rows) { return rows <= FEW_ROWS_BLOCK ? 1 : 2; }
+constexpr int64_t few_rows_depth(int blocks) { return blocks == 1 ? 512 : 256; }
 
-// Whether the variant multiplies one row of x in float32 with the codes themselves.
-inline bool has_one_row(const PackedLinear &job) {
-#ifdef FLEXGEN_ONE_ROW
-    return job.rows == 1 && job.bits != 16 && job.group % ONE_ROW_GROUP == 0;
+constexpr int64_t DWORDS_GROUP = 64;  // groups for Method::one_row and Method::few_rows are multiples of it
+
+// Whether the variant decodes integers from dwords.
+inline bool decodes_dwords(const PackedLinear &job) {
+#ifdef FLEXGEN_DWORDS
+    return job.bits != 16 && job.group % DWORDS_GROUP == 0;
 #else
     (void)job;
     return false;
 #endif
 }
 
-// For Method::few_rows: the rows of x, in blocks of those that are multiplied at once, and the most values of each row that
-// are in the L1 cache.
-constexpr int LEAST_FEW_ROWS = 4, MOST_FEW_ROWS = 16, FEW_ROWS_BLOCK = 8;
-constexpr int few_rows_blocks(int64_t rows) { return rows <= FEW_ROWS_BLOCK ? 1 : 2; }
-constexpr int64_t few_rows_depth(int blocks) { return blocks == 1 ? 512 : 256; }
-
-// Whether the variant multiplies a few rows of x while some of their values stay in the L1 cache.
-inline bool has_few_rows(const PackedLinear &job) {
-#ifdef FLEXGEN_FEW_ROWS
+inline bool fits_few_rows(const PackedLinear &job) {
     return job.rows >= LEAST_FEW_ROWS && job.rows <= MOST_FEW_ROWS &&
            job.group <= few_rows_depth(few_rows_blocks(job.rows));
-#else
-    (void)job;
-    return false;
-#endif
 }
 
 inline const Range *ranges_by_dots(const PackedLinear &job) {
@@ -123,9 +121,12 @@ inline const Range *ranges_by_dots(const PackedLinear &job) {
 inline Method method_of(const PackedLinear &job) {
     const Range *range = by_dots(job) ? ranges_by_dots(job) : job.bits == 16 ? HALVES : INTEGERS;
     while (job.rows > range->rows) ++range;
-    if (range->method == Method::tiles && has_outer(job) && fills_lanes(job.rows)) return Method::outer;
-    if (range->method == Method::blocks && has_one_row(job)) return Method::one_row;
-    if (range->method == Method::blocks && has_few_rows(job)) return Method::few_rows;
+    const bool in_float32 = range->method == Method::blocks || range->method == Method::tiles;
+    if (in_float32 && has_outer(job) && fills_lanes(job)) return Method::outer;
+    if (range->method == Method::blocks && decodes_dwords(job)) {
+        if (job.rows == 1) return Method::one_row;
+        if (fits_few_rows(job)) return Method::few_rows;
+    }
     return range->method;
 }
 

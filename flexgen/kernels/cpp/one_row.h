@@ -1,4 +1,4 @@
-// Products of one row of x with group-wise integers, in float32, for processors without dot products.
+// Products of one row of x with group-wise integers, in float32, for processors without dot products (dwords.h).
 //
 // With the scale s, the minimum m and the codes q of a group:  x . w = s * (x . q) + m * sum(x). So a value takes a mask, a
 // conversion and a product. Codes keep their places in a dword, and x is divided by the powers of two of these places once.
@@ -11,68 +11,32 @@ namespace VARIANT {
 namespace linear {
 namespace one_row {
 
-constexpr int64_t CHUNK = LANES * (int64_t)sizeof(uint32_t);  // bytes of codes in a vector
+using dwords::CHUNK;
+using dwords::Codes;
+
 constexpr int64_t STRIP = 16;  // rows of W
 constexpr int64_t BLOCK_BYTES = 16 << 10;  // of x
 constexpr int PAIR = 2;  // rows of W that are multiplied at once
 // Independent sums of a row: a sum waits for the previous one, and a processor looks only a few chunks ahead.
 constexpr int CHAINS = 2;
 
-template <int BITS>
-struct Codes {
-    static constexpr int PARTS = 32 / BITS;  // the codes of a dword
-    static constexpr int64_t VALUES = PARTS * LANES;  // of a chunk
-    static constexpr int64_t LEAST_CHUNKS = ONE_ROW_GROUP / VALUES;  // of a group
-    static_assert(ONE_ROW_GROUP % VALUES == 0, "a chunk has codes of only one group");
-
-    INLINE static Vec of(Words dwords, int part) {
-        const int shift = BITS * part;  // the last code is shifted, because conversions are signed
-        return to_float(part == PARTS - 1 ? dwords >> shift : dwords & (((1u << BITS) - 1) << shift));
-    }
-    // What x is multiplied with.
-    static constexpr float factor(int part) { return part == PARTS - 1 ? 1.0f : 1.0f / (1u << BITS * part); }
-};
-
-// Vector i of the result has octet i of each dword, of 32 octets.
-INLINE void by_octets(const float *from, Vec (&to)[4]) {
-    __m256 some[4];
-    UNROLLED
-    for (int i = 0; i < 4; ++i) some[i] = _mm256_set_m128(_mm_loadu_ps(from + 16 + 4 * i), _mm_loadu_ps(from + 4 * i));
-    const __m256d a = (__m256d)_mm256_unpacklo_ps(some[0], some[1]), b = (__m256d)_mm256_unpacklo_ps(some[2], some[3]);
-    const __m256d c = (__m256d)_mm256_unpackhi_ps(some[0], some[1]), d = (__m256d)_mm256_unpackhi_ps(some[2], some[3]);
-    to[0] = (Vec)_mm256_unpacklo_pd(a, b);
-    to[1] = (Vec)_mm256_unpackhi_pd(a, b);
-    to[2] = (Vec)_mm256_unpacklo_pd(c, d);
-    to[3] = (Vec)_mm256_unpackhi_pd(c, d);
-}
-
-// x: for each chunk, a vector for each part. `sums`: of the groups, padded.
-template <int BITS>
-TARGET void prepare_bits(PackedLinear &job) {
-    typedef Codes<BITS> Kind;
-    constexpr int EACH = 8 / BITS;  // the codes of an octet. Those of a group with two: all first ones, then all second ones
-    const int64_t groups = job.groups(), octets = job.group / EACH;
-    float *room = aligned(job.wide, 2 * job.in + padded(groups)), *row = room + job.in, *totals = row + job.in, *to = room;
-    widen(job.type, job.x, 0, row, job.in);
+// The sums of `groups` groups of a row, with zeros up to whole vectors.
+TARGET inline void sum_groups(const float *row, int64_t group, int64_t groups, float *to) {
     for (int64_t g = 0; g < groups; g += LANES) {
         Vec total[LANES] = {};
         for (int64_t i = 0; i < std::min<int64_t>(LANES, groups - g); ++i)
-            for (int64_t at = 0; at < job.group; at += LANES) total[i] += load(row + (g + i) * job.group + at);
-        store(totals + g, sums(total));
+            for (int64_t at = 0; at < group; at += LANES) total[i] += load(row + (g + i) * group + at);
+        store(to + g, sums(total));
     }
-    for (int64_t g = 0; g < groups; ++g)
-        for (int64_t at = 0; at < octets; at += CHUNK, to += Kind::VALUES) {
-            UNROLLED
-            for (int code = 0; code < EACH; ++code) {
-                Vec some[4];
-                by_octets(row + g * job.group + code * octets + at, some);
-                UNROLLED
-                for (int i = 0; i < 4; ++i) {
-                    const int part = EACH * i + code;
-                    store(to + part * LANES, some[i] * Kind::factor(part));
-                }
-            }
-        }
+}
+
+// The layout of x: its values in the order of codes. `sums`: of the groups, padded.
+template <int BITS>
+TARGET void prepare_bits(PackedLinear &job) {
+    float *room = aligned(job.wide, 2 * job.in + padded(job.groups())), *row = room + job.in, *totals = row + job.in;
+    widen(job.type, job.x, 0, row, job.in);
+    sum_groups(row, job.group, job.groups(), totals);
+    dwords::order_groups<BITS, true>(row, job.group, job.groups(), room);
     job.operand = room;
     job.sums = totals;
     job.block = STRIP;
@@ -113,7 +77,8 @@ APART void multiply_block(const Block &w, const float *x, int64_t groups, int64_
             for (int p = 0; p < Kind::PARTS; ++p) {
                 const Vec values = load(x + p * LANES);
                 UNROLLED
-                for (int k = 0; k < PAIR; ++k) sum[k][p % CHAINS] = fma(Kind::of(dwords[k], p), values, sum[k][p % CHAINS]);
+                for (int k = 0; k < PAIR; ++k)
+                    sum[k][p % CHAINS] = fma(Kind::code_in_place(dwords[k], p), values, sum[k][p % CHAINS]);
             }
         }
         UNROLLED

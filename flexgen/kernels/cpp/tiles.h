@@ -83,13 +83,14 @@ TARGET void fill_plain(const PackedLinear &job, int64_t row, int64_t from, int64
     widen((const W *)job.packed + row * job.in + from, to, count);
 }
 
-// The same for whole groups of integers.
-template <class S, int BITS>
+// The same for whole groups of integers. GROUP: the size of a group, so that compilers make no loop, or 0 for any size.
+template <class S, int BITS, int64_t GROUP>
 TARGET void fill_packed(const PackedLinear &job, int64_t row, int64_t from, int64_t count, float *to) {
-    const int64_t octets = job.group * BITS / 8;
-    for (int64_t g = row * job.groups() + from / job.group; count > 0; ++g, count -= job.group, to += job.group) {
+    const int64_t group = GROUP ? GROUP : job.group, octets = group * BITS / 8;
+    for (int64_t g = row * job.groups() + from / group; count > 0; ++g, count -= group, to += group) {
         const Vec scale = splat(scalar((const S *)job.scales + g));
         const Vec minimum = splat(scalar((const S *)job.minimums + g));
+        UNROLLED
         for (int64_t i = 0; i < octets; i += LANES) {
             const Words codes = load_octets(job.packed + g * octets + i);
             UNROLLED
@@ -101,11 +102,17 @@ TARGET void fill_packed(const PackedLinear &job, int64_t row, int64_t from, int6
     }
 }
 
+template <class S, int BITS>
+TARGET void fill_groups(const PackedLinear &job, int64_t row, int64_t from, int64_t count, float *to) {
+    if (job.group == 64) return fill_packed<S, BITS, 64>(job, row, from, count, to);
+    fill_packed<S, BITS, 0>(job, row, from, count, to);
+}
+
 // S: the type of scales, or of W.
 template <class S>
 TARGET void fill_as(const PackedLinear &job, int64_t row, int64_t from, int64_t count, float *to) {
-    if (job.bits == 4) return fill_packed<S, 4>(job, row, from, count, to);
-    if (job.bits == 8) return fill_packed<S, 8>(job, row, from, count, to);
+    if (job.bits == 4) return fill_groups<S, 4>(job, row, from, count, to);
+    if (job.bits == 8) return fill_groups<S, 8>(job, row, from, count, to);
     fill_plain<S>(job, row, from, count, to);
 }
 TARGET inline void fill(const PackedLinear &job, int64_t row, int64_t from, int64_t count, float *to) {
