@@ -16,6 +16,8 @@ namespace linear {
 // More rows would fit in the registers of AVX-512, but rows of W often share the sets of the L1 cache, which have eight ways.
 constexpr int TILE_X = 4, TILE_WEIGHTS = SUM_REGISTERS == 16 ? 4 : 3;
 constexpr int64_t DEPTH_BYTES = 4096;
+// The vectors of each row that are multiplied in one iteration. With AVX2, four take 13 % less time than one.
+constexpr int STEPS = LANES == 8 ? 4 : 1;
 constexpr int SUM_VECTORS = (TILE_X * TILE_WEIGHTS + LANES - 1) / LANES;  // the sums of a tile, one float each
 constexpr int64_t TILE_TOTALS = SUM_VECTORS * LANES;
 constexpr int64_t BAND_TILES = 8, BAND_ROWS = BAND_TILES * TILE_WEIGHTS, BAND_TOTALS = BAND_TILES * TILE_TOTALS;
@@ -160,14 +162,20 @@ template <class Kind, int AHEAD, int... M, int... N, int... V>
 APART void multiply_tile(Strided<typename Kind::Weight> w, Strided<typename Kind::X> x, int64_t depth, float *totals, bool add,
                          Strided<uint8_t> next, int64_t step, Numbers<M...>, Numbers<N...> columns, Numbers<V...>) {
     Sums sum = {};
-    for (int64_t i = 0, at = 0; i < depth; i += Kind::STEP, at += step) {
+    const auto add_step = [&](int64_t i) INLINE_LAMBDA {
         const typename Kind::Values weights[] = {Kind::values(w.from(N).first + i)...};
-        if constexpr (AHEAD > 0) {
-            if ((at & (LINE - 1)) < step)
-                for (int k = 0; k < AHEAD; ++k) __builtin_prefetch(next.from(k).first + at, 0, 2);
-        }
         (add_row<Kind, M>(sum, weights, x.from(M).first + i, columns), ...);
+    };
+    int64_t i = 0, ahead = 0;
+    for (int64_t end = STEPS * step; i + STEPS * Kind::STEP <= depth; i += STEPS * Kind::STEP, end += STEPS * step) {
+        if constexpr (AHEAD > 0) {
+            for (; ahead < end; ahead += LINE)
+                for (int k = 0; k < AHEAD; ++k) __builtin_prefetch(next.from(k).first + ahead, 0, 2);
+        }
+        UNROLLED
+        for (int k = 0; k < STEPS; ++k) add_step(i + k * Kind::STEP);
     }
+    for (; i < depth; i += Kind::STEP) add_step(i);
     const auto lanes = std::make_integer_sequence<int, LANES>();
     const Vec found[] = {total<V>(sum, lanes)...};
     for (int v = 0; v < SUM_VECTORS; ++v, totals += LANES) store(totals, add ? load(totals) + found[v] : found[v]);
