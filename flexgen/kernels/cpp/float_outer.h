@@ -51,7 +51,7 @@ APART void multiply_panel(const float *w, int64_t pitch, const float *x, int64_t
         UNROLLED
         for (int v = 0; v < V; ++v) sum[n][v] = add ? load(totals + (n * V + v) * LANES) : Vec{};
     }
-    // The counting takes a seventh of the instructions of a step, which counts if the core is shared with another thread.
+    // Counting would be an eighth of the instructions of a step, which takes time if another thread shares the core.
 #pragma GCC unroll 4
     for (int64_t i = 0; i < depth; ++i, ++w, x += V * LANES) {
         Vec values[V];

@@ -88,7 +88,7 @@ inline bool has_outer(const PackedLinear &job) {
 
 // For Method::few_rows: the rows of x, in blocks of those that are multiplied at once, and the most values of each row that
 // are in the L1 cache.
-constexpr int LEAST_FEW_ROWS = 2, MOST_FEW_ROWS = 16, FEW_ROWS_BLOCK = 8;
+constexpr int LEAST_FEW_ROWS = 2, MOST_FEW_ROWS = 14, FEW_ROWS_BLOCK = 8;
 constexpr int few_rows_blocks(int64_t rows) { return rows <= FEW_ROWS_BLOCK ? 1 : 2; }
 constexpr int64_t few_rows_depth(int blocks) { return blocks == 1 ? 512 : 256; }
 

@@ -106,7 +106,8 @@ TARGET void fill_packed(const PackedLinear &job, int64_t row, int64_t from, int6
 
 template <class S, int BITS>
 TARGET void fill_groups(const PackedLinear &job, int64_t row, int64_t from, int64_t count, float *to) {
-    if (job.group == 64) return fill_packed<S, BITS, 64>(job, row, from, count, to);
+    constexpr int64_t USUAL = 64;
+    if (job.group == USUAL) return fill_packed<S, BITS, USUAL>(job, row, from, count, to);
     fill_packed<S, BITS, 0>(job, row, from, count, to);
 }
 
